@@ -1,0 +1,77 @@
+"""Errors a user can act on: what happened, where, what to do, and the exit code of the contract.
+
+Every refusal in qtool is a `QtoolError`. The command line prints its two lines and exits with its
+code; anything else that escapes is a bug (exit code 1).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QtoolError(Exception):
+    """Say what went wrong and where, and what to do about it.
+
+    Args:
+        message: one line, what and where (file, tensor, key, value).
+        hint: one line, what to do next; empty if there is nothing sensible to say.
+        resumable: whether running the same command again continues the work.
+    """
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "", *, resumable: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.resumable = resumable
+
+
+class UsageError(QtoolError):
+    """A flag, argument or recipe that cannot be carried out as written."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class GateError(QtoolError):
+    """A quality gate failed; the output is kept."""
+
+    code = "gate"
+    exit_code = 3
+
+
+class CapacityError(QtoolError):
+    """Not enough memory or disk."""
+
+    code = "does_not_fit"
+    exit_code = 4
+
+
+class UnsupportedError(QtoolError):
+    """A model, format or engine combination that qtool does not do."""
+
+    code = "unsupported"
+    exit_code = 5
+
+
+class DamagedError(QtoolError):
+    """Input that is missing, truncated or malformed, or output that failed its verification."""
+
+    code = "damaged"
+    exit_code = 6
+
+
+class HubError(QtoolError):
+    """The hub, the network or authentication."""
+
+    code = "hub"
+    exit_code = 7
+
+
+class NumericalError(QtoolError):
+    """NaN, infinity or a matrix that cannot be factored."""
+
+    code = "numerical"
+    exit_code = 8
