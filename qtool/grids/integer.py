@@ -1,0 +1,238 @@
+"""Uniform integer grids, symmetric and asymmetric, per tensor, channel or group.
+
+    weight ~= scale * (code - zero),    code in [0, 2**bits)
+
+Scales come from the minimum and maximum, or from a search over shrunken ranges for the least
+(importance-weighted) squared error. They are rounded to the dtype in which the file will hold
+them *before* codes are chosen, so what was optimised is what is stored.
+
+Shapes: R = out_features, C = in_features, G = groups along C (1 unless per group).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtool.errors import UsageError
+
+Granularity = Literal["tensor", "channel", "group"]
+
+# Fractions of the min-max range that the search tries, widest first. A symmetric grid reaches
+# only (2**bits - 1) / 2 steps to the positive side but one half more to the negative, so a range
+# a little wider than min-max can pay as well.
+SEARCHED_RANGES = tuple(1.10 - 0.0125 * step for step in range(49))  # 1.10 .. 0.50
+
+
+@dataclass(frozen=True)
+class IntegerParameters:
+    """Scale and zero point of every group."""
+
+    scale: Tensor  # [R, G] float32, > 0, representable in the grid's scale dtype
+    zero: Tensor  # [R, G] float32, integer-valued, in [0, 2**bits)
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Evenly spaced values.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: input columns that share one scale; only for granularity "group".
+        symmetric: one zero point, 2**(bits - 1), for all groups.
+        granularity: what shares one scale.
+        search: choose scales by least squared error instead of min-max.
+        scale_dtype: the dtype in which scales are stored.
+        lowest_zero: least zero point; 1 for files that store `zero - 1`.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    granularity: Granularity = "group"
+    search: bool = False
+    scale_dtype: torch.dtype = torch.float16
+    lowest_zero: int = 0
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.bits not in {2, 3, 4, 8}:
+            raise UsageError(f"{self.bits}-bit integers are not a grid", "choose 2, 3, 4 or 8 bits")
+        spread = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        sign = "sym" if self.symmetric else "asym"
+        object.__setattr__(self, "name", f"int{self.bits}-{sign}-{spread}")
+
+    @property
+    def max_code(self) -> int:
+        """The largest code; the smallest is 0."""
+        return int(2**self.bits) - 1
+
+    def width(self, columns: int) -> int:
+        """Return how many consecutive columns share one scale in a row of `columns`."""
+        return self.group_size if self.granularity == "group" else columns
+
+    def check_row(self, columns: int) -> None:
+        """Refuse a row that the group size does not divide.
+
+        Raises:
+            UsageError: names the group sizes from 16 to 1024 that work.
+        """
+        if self.granularity == "group" and columns % self.group_size:
+            works = [g for g in range(16, 1025) if columns % g == 0 and g % 8 == 0]
+            raise UsageError(
+                f"group size {self.group_size} does not divide a row of {columns} weights",
+                f"group sizes that do: {', '.join(map(str, works)) or 'none'}; or one scale per "
+                "row with --group-size -1",
+            )
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Return bits per weight with a stored scale and, if asymmetric, a `bits` wide zero."""
+        scales = 1 if self.granularity == "tensor" else rows * columns // self.width(columns)
+        overhead = self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
+        return self.bits + scales * overhead / (rows * columns)
+
+    def plain(self) -> IntegerGrid:
+        """Return the grid with scales from the minimum and maximum alone."""
+        return replace(self, search=False)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> IntegerParameters:
+        """Choose scales and zeros for weight [R, C] float32.
+
+        Args:
+            weight: not modified.
+            importance: [C] float32 >= 0, weight of each column's squared error in the search;
+                without it all columns count the same. Min-max ignores it.
+        """
+        rows, columns = weight.shape
+        self.check_row(columns)
+        if self.granularity == "tensor":
+            groups = weight.reshape(1, 1, rows * columns)
+        else:
+            groups = weight.reshape(rows, -1, self.width(columns))
+        if self.search:
+            scale, zero = self._search(groups, importance)
+        else:
+            scale, zero = self._range(groups, 1.0)
+        if self.granularity == "tensor":
+            scale, zero = scale.expand(rows, 1), zero.expand(rows, 1)
+        return IntegerParameters(scale.contiguous(), zero.contiguous())
+
+    def _range(self, groups: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero [R, G] for groups [R, G, g] from a fraction of their range."""
+        low = groups.amin(dim=2).clamp(max=0) * fraction
+        high = groups.amax(dim=2).clamp(min=0) * fraction
+        return self._parameters(low, high)
+
+    def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            bound = torch.maximum(-low, high)
+            low, high = -bound, bound
+        scale = self.storable((high - low) / self.max_code)
+        if self.symmetric:
+            return scale, torch.full_like(scale, float((self.max_code + 1) // 2))
+        return scale, (-low / scale).round().clamp(self.lowest_zero, self.max_code)
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Round scales to the dtype they are stored in, never to zero, infinity or a subnormal."""
+        limits = torch.finfo(self.scale_dtype)
+        # Readers multiply in 16 bits: a subnormal scale would be flushed to zero there.
+        kept = scale.clamp(min=limits.smallest_normal, max=limits.max)
+        return kept.to(self.scale_dtype).to(torch.float32)
+
+    def _search(self, groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Least weighted squared error over SEARCHED_RANGES, for groups [R, G, g]."""
+        rows, count, width = groups.shape
+        weights = None
+        if importance is not None and self.granularity != "tensor":
+            # One dead input must not make a whole group indifferent to its weights.
+            floor = importance.mean() * 1e-6 + torch.finfo(torch.float32).tiny
+            weights = (importance + floor).reshape(1, count, width)
+        elif importance is not None:
+            columns = importance.numel()
+            weights = importance.repeat(width // columns).reshape(1, 1, width)
+        low = groups.amin(dim=2).clamp(max=0)
+        high = groups.amax(dim=2).clamp(min=0)
+        best = torch.full((rows, count), math.inf, device=groups.device)
+        scale, zero = self._parameters(low, high)
+        for fraction in SEARCHED_RANGES:
+            tried, offset = self._parameters(low * fraction, high * fraction)
+            error = self._error(groups, tried, offset, weights)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, tried, scale)
+            zero = torch.where(better, offset, zero)
+        return scale, zero
+
+    def _error(
+        self, groups: Tensor, scale: Tensor, zero: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        scale, zero = scale[..., None], zero[..., None]
+        rounded = (groups / scale).add_(zero).round_().clamp_(0, self.max_code)
+        squared = rounded.sub_(zero).mul_(scale).sub_(groups).square_()
+        return (squared if weights is None else squared.mul_(weights)).sum(dim=2)
+
+    def _spread(self, values: Tensor, columns: int) -> Tensor:
+        """Repeat [R, G] per-group values to one per column, [R, C]."""
+        return values.repeat_interleave(self.width(columns), dim=1)
+
+    def encode(self, weight: Tensor, parameters: IntegerParameters) -> Tensor:
+        """Return uint8 codes [R, C] nearest to weight [R, C] float32."""
+        columns = weight.shape[1]
+        scale = self._spread(parameters.scale, columns)
+        zero = self._spread(parameters.zero, columns)
+        return (weight / scale).add_(zero).round_().clamp_(0, self.max_code).to(torch.uint8)
+
+    def decode(self, codes: Tensor, parameters: IntegerParameters) -> Tensor:
+        """Return the weight [R, C] float32 that codes [R, C] uint8 stand for."""
+        columns = codes.shape[1]
+        scale = self._spread(parameters.scale, columns)
+        zero = self._spread(parameters.zero, columns)
+        return (codes.to(torch.float32) - zero) * scale
+
+    def columns(self, parameters: IntegerParameters) -> IntegerColumns:
+        """Return a rounder of single columns."""
+        return IntegerColumns(self, parameters)
+
+    def join(self, parts: list[IntegerParameters]) -> IntegerParameters:
+        """Stack the parameters of several matrices along R."""
+        return IntegerParameters(
+            torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts])
+        )
+
+    def rows(self, parameters: IntegerParameters, start: int, stop: int) -> IntegerParameters:
+        """Return the parameters of rows `start` to `stop`."""
+        return IntegerParameters(parameters.scale[start:stop], parameters.zero[start:stop])
+
+    def scale_rows(self, parameters: IntegerParameters, factor: Tensor) -> IntegerParameters:
+        """Multiply the decoded rows by factor [R]; exact but for the scales' own rounding."""
+        return IntegerParameters(
+            self.storable(parameters.scale * factor[:, None]), parameters.zero
+        )
+
+
+class IntegerColumns:
+    """Rounds single columns; keeps scales transposed so that a column's are contiguous."""
+
+    def __init__(self, grid: IntegerGrid, parameters: IntegerParameters) -> None:
+        self._grid = grid
+        self._scale = parameters.scale.T.contiguous()  # [G, R]
+        self._zero = parameters.zero.T.contiguous()
+        self._grouped = grid.granularity == "group"
+
+    def _group(self, index: int) -> int:
+        return index // self._grid.group_size if self._grouped else 0
+
+    def encode(self, column: Tensor, index: int) -> Tensor:
+        """Return integer-valued float32 codes [R] of column `index`."""
+        group = self._group(index)
+        codes = (column / self._scale[group]).add_(self._zero[group])
+        return codes.round_().clamp_(0, self._grid.max_code)
+
+    def decode(self, codes: Tensor, index: int) -> Tensor:
+        """Return the values [R] float32 of column `index`."""
+        group = self._group(index)
+        return (codes - self._zero[group]).mul_(self._scale[group])
