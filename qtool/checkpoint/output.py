@@ -1,0 +1,178 @@
+"""Give a result its name only when all of it is there.
+
+The work happens in a hidden sibling directory, so that the last step is one rename on one file
+system. Whoever looks sees the old result or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from qtool.checkpoint.untrusted import shown_path
+from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
+
+# What makes a directory look like a model, so that --overwrite may replace it.
+MODEL_MARKS = ("config.json", "qtool-recipe.yaml")
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG})
+
+
+def write_error(path: Path, error: OSError) -> QtoolError:
+    """Return the refusal that tells a user why `path` could not be written."""
+    message = f"cannot write {shown_path(path)}: {error.strerror or error}"
+    if error.errno in FULL_DISK:
+        return CapacityError(message, "free some space or choose another --output", resumable=True)
+    if error.errno in FORBIDDEN:
+        return UsageError(message, "choose another --output, one that you may write to")
+    return DamagedError(message, "check the disk, or choose another --output", resumable=True)
+
+
+def sync(path: Path) -> None:
+    """Have the kernel put a file or directory on the disk before returning."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> Path:
+    """Return the absolute path of an output directory, or refuse it before any work is done.
+
+    Args:
+        final: where the result shall be.
+        overwrite: whether a model directory there may be replaced.
+        sources: input files and directories, which the output may neither be, hold, nor lie in.
+
+    Raises:
+        UsageError: a file, a link, a non-empty directory, or in the way of the input.
+    """
+    shown = shown_path(final)
+    if final.name in {"", ".."}:
+        final = final.resolve()
+    if final.is_symlink():
+        raise UsageError(f"the output {shown} is a link", "give the directory it points to")
+    final = final.parent.resolve() / final.name
+    for source in sources:
+        _refuse_overlap(final, source)
+    if not final.exists():
+        return final
+    if not final.is_dir():
+        raise UsageError(f"the output {shown} is not a directory", "choose another --output")
+    try:
+        names = [path.name for path in final.iterdir()]
+    except OSError as error:
+        raise write_error(final, error) from error
+    if not names:
+        return final
+    if not overwrite:
+        raise UsageError(
+            f"the output {shown} is not empty",
+            "choose another --output, or replace it with --overwrite",
+        )
+    here = Path.cwd()
+    if final in {Path.home(), here} or final in here.parents or not set(MODEL_MARKS) & set(names):
+        raise UsageError(
+            f"the output {shown} does not look like a model, so it is not overwritten",
+            f"--overwrite replaces a directory with {' or '.join(MODEL_MARKS)}; choose another "
+            "--output or remove it yourself",
+        )
+    return final
+
+
+def _refuse_overlap(final: Path, source: Path) -> None:
+    source = source.resolve()
+    if final == source:
+        raise UsageError(f"the output {shown_path(final)} is the input", "choose another --output")
+    if final in source.parents or source in final.parents:
+        inner, outer = ("input", "output") if final in source.parents else ("output", "input")
+        raise UsageError(
+            f"the {inner} lies inside the {outer}: {shown_path(source)}, {shown_path(final)}",
+            "choose an --output beside the model",
+        )
+
+
+class OutputDirectory:
+    """A directory that comes into being whole or not at all; a context manager.
+
+    Entering yields a new empty directory beside the final one. `commit` gives it its name;
+    leaving without that removes it.
+    """
+
+    def __init__(
+        self, final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+    ) -> None:
+        self.final = check_output(final, overwrite=overwrite, sources=sources)
+        self._overwrite = overwrite
+        self._sources = tuple(sources)
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
+        self._created_parents: list[Path] = []
+
+    def __enter__(self) -> Path:
+        parent = self.final.parent
+        missing = [path for path in (parent, *parent.parents) if not path.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir()
+                self._created_parents.append(path)
+            if self.partial.exists():  # left by a killed process whose number we now have
+                shutil.rmtree(self.partial)
+            self.partial.mkdir()
+        except OSError as error:
+            self._clean_up()
+            raise write_error(self.partial, error) from error
+        return self.partial
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._clean_up()
+
+    def commit(self) -> Path:
+        """Put every file on the disk and give the directory its final name; return that.
+
+        Raises:
+            UsageError: something else appeared under the name meanwhile.
+            CapacityError: the disk is full.
+        """
+        check_output(self.final, overwrite=self._overwrite, sources=self._sources)
+        try:
+            for path in sorted(self.partial.rglob("*")):
+                sync(path)
+            sync(self.partial)
+            self._rename()
+            sync(self.final.parent)
+        except OSError as error:
+            raise write_error(self.final, error) from error
+        self._created_parents.clear()
+        return self.final
+
+    def _rename(self) -> None:
+        """Put the new directory in the old one's place; on failure the old one stays."""
+        if not self.final.exists() or not any(self.final.iterdir()):
+            self.partial.rename(self.final)  # atomic, over an empty directory too
+            return
+        aside = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
+        self.final.rename(aside)
+        try:
+            self.partial.rename(self.final)
+        except OSError:
+            aside.rename(self.final)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _clean_up(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for path in reversed(self._created_parents):
+            with contextlib.suppress(OSError):  # somebody else put something there
+                path.rmdir()
+        self._created_parents.clear()

@@ -1,0 +1,118 @@
+"""Take text and JSON from files that strangers wrote: bounded, and safe to show on a terminal."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qtool.errors import DamagedError
+
+MAX_SHOWN_CHARACTERS = 200
+# Below this a JSON text cannot blow up into more than some hundred megabytes of Python objects.
+SMALL_JSON_BYTES = 8 << 20
+
+GET_AGAIN = "download or copy the model again"
+
+
+def printable(text: object) -> str:
+    """Return `text` with control, bidi and other invisible characters spelled out as escapes."""
+    shown = str(text)
+    if len(shown) > MAX_SHOWN_CHARACTERS:
+        shown = f"{shown[: MAX_SHOWN_CHARACTERS - 3]}..."
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def shown_path(path: Path) -> str:
+    """Return a path for a message: whole, however long, with nothing a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def open_regular(path: Path) -> tuple[BinaryIO, int]:
+    """Open a file for reading and return it with its size in bytes.
+
+    Raises:
+        DamagedError: absent, unreadable, or something other than a file, such as a pipe that
+            would block for ever.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise DamagedError(f"{shown_path(path)} is not a file", GET_AGAIN)
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise DamagedError(f"{shown_path(path)} is missing", GET_AGAIN) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+        raise DamagedError(
+            f"cannot read {shown_path(path)}: {reason}", "check the path and its permissions"
+        ) from error
+    return file, path.stat().st_size
+
+
+def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `max_bytes`.
+
+    Raises:
+        DamagedError: absent, too large, not UTF-8, not JSON, not an object, or a key twice.
+    """
+    file, size = open_regular(path)
+    with file:
+        if size > max_bytes:
+            raise DamagedError(
+                f"{shown_path(path)} has {size} bytes, more than the {max_bytes} qtool reads",
+                GET_AGAIN,
+            )
+        return parse_json_object(file.read(max_bytes), shown_path(path))
+
+
+def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; `where` names the place in messages.
+
+    Raises:
+        DamagedError: not UTF-8, not JSON, not an object, or a key twice.
+    """
+    _refuse_bomb(raw, where)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{where} is not UTF-8 at byte {error.start}", GET_AGAIN) from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except _RepeatedKeyError as error:
+        raise DamagedError(f"{where} has the key '{printable(error)}' twice", GET_AGAIN) from error
+    except RecursionError as error:
+        raise DamagedError(f"{where} is nested too deeply", GET_AGAIN) from error
+    except ValueError as error:  # JSONDecodeError, or an integer of thousands of digits
+        raise DamagedError(f"{where} is not JSON: {printable(error)}", GET_AGAIN) from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{where} is not a JSON object", GET_AGAIN)
+    return value
+
+
+class _RepeatedKeyError(ValueError):
+    """A JSON object has one key twice: readers disagree about which of them counts."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKeyError(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+    return made
+
+
+def _refuse_bomb(raw: bytes, where: str) -> None:
+    """Refuse large JSON made of nothing but brackets and commas before it fills the memory.
+
+    An entry of a header or index has at least 20 bytes and a handful of commas; `[[],[],...]`
+    of 100 MB would become several gigabytes of lists.
+    """
+    if len(raw) <= SMALL_JSON_BYTES:
+        return
+    entries = len(raw) // 20
+    if max(raw.count(b"{"), raw.count(b"["), raw.count(b",") // 4) > entries:
+        raise DamagedError(f"{where} is not made of tensor entries", GET_AGAIN)
