@@ -1,0 +1,26 @@
+"""Llama 2 and 3.x, SmolLM2, and everything else built as `LlamaForCausalLM`."""
+
+from qtool.model.family import Family, ScalePair, Tap
+
+TAPS = (
+    Tap("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Tap("attn_out", ("self_attn.o_proj",)),
+    Tap("mlp_in", ("mlp.gate_proj", "mlp.up_proj")),
+    Tap("mlp_out", ("mlp.down_proj",)),
+)
+
+VALUE_TO_OUTPUT = ScalePair("attn_out", "self_attn.v_proj", "linear", through_heads=True)
+UP_TO_DOWN = ScalePair("mlp_out", "mlp.up_proj", "linear")
+
+FAMILY = Family(
+    name="Llama",
+    model_type="llama",
+    taps=TAPS,
+    pairs=(
+        ScalePair("attn_in", "input_layernorm", "norm"),
+        VALUE_TO_OUTPUT,
+        ScalePair("mlp_in", "post_attention_layernorm", "norm"),
+        UP_TO_DOWN,
+    ),
+    gguf_architecture="llama",
+)

@@ -1,0 +1,13 @@
+"""OLMo 2: attention and MLP read the residual stream itself, and norms stand behind them."""
+
+from qtool.model.families.llama import TAPS, UP_TO_DOWN, VALUE_TO_OUTPUT
+from qtool.model.family import Family
+
+FAMILY = Family(
+    name="OLMo 2",
+    model_type="olmo2",
+    taps=TAPS,
+    # No norm precedes q/k/v or gate/up, so their inputs have nowhere to fold a scale.
+    pairs=(VALUE_TO_OUTPUT, UP_TO_DOWN),
+    gguf_architecture="olmo2",
+)

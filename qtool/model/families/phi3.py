@@ -1,0 +1,23 @@
+"""Phi-3, Phi-3.5 and Phi-4: q, k and v are one linear, and so are gate and up."""
+
+from qtool.model.family import Family, ScalePair, Tap
+
+FAMILY = Family(
+    name="Phi-3",
+    model_type="phi3",
+    taps=(
+        Tap("attn_in", ("self_attn.qkv_proj",)),
+        Tap("attn_out", ("self_attn.o_proj",)),
+        Tap("mlp_in", ("mlp.gate_up_proj",)),
+        Tap("mlp_out", ("mlp.down_proj",)),
+    ),
+    pairs=(
+        ScalePair("attn_in", "input_layernorm", "norm"),
+        ScalePair(
+            "attn_out", "self_attn.qkv_proj", "linear", part="value", through_heads=True
+        ),
+        ScalePair("mlp_in", "post_attention_layernorm", "norm"),
+        ScalePair("mlp_out", "mlp.gate_up_proj", "linear", part="up"),
+    ),
+    gguf_architecture="phi3",
+)
