@@ -1,0 +1,94 @@
+"""Run any directory that qtool reads - float or packed - on token windows, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.errors import NumericalError
+from qtool.formats.reading import DenseSource
+from qtool.model.family import family_of
+from qtool.model.skeleton import Skeleton
+from qtool.model.streaming import Stream, advance, embedding_path
+from qtool.model.trace import final_norm, head_logits
+
+
+class StreamedModel:
+    """A model run on windows with one block's weights in memory at a time.
+
+    Args:
+        checkpoint: float, or of any format qtool writes.
+        windows: token ids [windows, length].
+        device: where to compute.
+        dtype: in which to compute.
+        spill: directory for hidden states that do not fit in memory.
+        tick: called after each block.
+
+    Raises:
+        UnsupportedError: the family or the quantization is not one that qtool reads.
+        NumericalError: weights are not finite.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        spill: Path,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._name = checkpoint.name
+        self._skeleton = Skeleton(
+            checkpoint.config, family_of(checkpoint.config), dtype=dtype, device=device
+        )
+        with torch.no_grad(), TensorReader(checkpoint.refs) as reader:
+            source = DenseSource(checkpoint, reader)
+            self._run_blocks(source, windows, spill, tick)
+            self._load_head(source)
+
+    def _run_blocks(
+        self, source: DenseSource, windows: Tensor, spill: Path, tick: Callable[[], None]
+    ) -> None:
+        skeleton = self._skeleton
+        self._stream = Stream(skeleton, source, windows, spill)
+        for index, block in enumerate(skeleton.blocks):
+            path = skeleton.block_prefix(index).removesuffix(".")
+            for name, tensor in skeleton.load(path, source).items():
+                check_finite(f"{path}.{name}", tensor)
+            advance(self._stream, self._stream.hidden, block, index)
+            skeleton.drop(path)
+            tick()
+
+    def _load_head(self, source: DenseSource) -> None:
+        skeleton = self._skeleton
+        skeleton.load(final_norm(skeleton.family), source)
+        head = skeleton.family.head
+        if f"{head}.weight" in source:
+            skeleton.load(head, source)
+            return
+        embeddings = embedding_path(skeleton)
+        tied = source.read(f"{embeddings}.weight")
+        skeleton.assign(skeleton.model.get_submodule(head), {"weight": tied})
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[Tensor]:
+        """Yield the logits [length, vocabulary] float32 of one window after the other.
+
+        Raises:
+            NumericalError: they are not finite.
+        """
+        for batch in self._stream.hidden:
+            for window in batch:
+                logits = head_logits(self._skeleton, window[None])[0].to(torch.float32)
+                if not bool(torch.isfinite(logits).all()):
+                    raise NumericalError(
+                        f"{self._name} gives logits that are not finite",
+                        "the model overflows; try another --dtype, or quantize with more bits",
+                    )
+                yield logits

@@ -1,0 +1,150 @@
+"""Everything in an output directory besides weights: config, tokenizer, recipe, report, card, sums."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool import __version__
+from qtool.checkpoint.output import write_error
+from qtool.checkpoint.shards import file_digest
+from qtool.pipeline.card import model_card
+from qtool.pipeline.plan import Plan, PlannedOutput
+from qtool.recipe.load import dump_recipe
+
+if TYPE_CHECKING:
+    from qtool.pipeline.quantize import QuantizeResult
+
+RECIPE_FILE = "qtool-recipe.yaml"
+REPORT_FILE = "qtool-report.json"
+SUMS_FILE = "SHA256SUMS"
+
+
+def write_metadata(
+    plan: Plan,
+    output: PlannedOutput,
+    directory: Path,
+    result: QuantizeResult,
+    digests: Mapping[str, str],
+) -> None:
+    """Write config.json, the model's own small files, and qtool's recipe, report, card and sums.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    try:
+        _copy_extras(plan, directory)
+        config = dict(plan.checkpoint.config)
+        config["quantization_config"] = dict(output.quantization_config)
+        _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        _write(directory / RECIPE_FILE, resolved_recipe(plan, output))
+        report = report_of(result, output, digests)
+        _write(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+        _write(directory / "README.md", model_card(plan, output, result))
+        write_sums(directory, digests)
+    except OSError as error:
+        raise write_error(Path(error.filename or directory), error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _copy_extras(plan: Plan, directory: Path) -> None:
+    for source in plan.checkpoint.extra_files:
+        target = directory / source.relative_to(plan.checkpoint.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def resolved_recipe(plan: Plan, output: PlannedOutput) -> str:
+    """Return the recipe with every default, which makes the same bytes again.
+
+    Names only the one format of this directory, and no place on this machine: MODEL and the
+    output are the command line's.
+    """
+    exports = tuple(e for e in plan.recipe.export if e.format == output.format.name)
+    recipe = plan.recipe.model_copy(update={"export": exports, "output": None})
+    head = f"# Written by qtool {__version__}. Make the same bytes again with:\n"
+    command = f"#   qtool quantize {plan.checkpoint.source} --recipe {RECIPE_FILE}\n"
+    return head + command + dump_recipe(recipe)
+
+
+def report_of(
+    result: QuantizeResult, output: PlannedOutput, digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return qtool-report.json: what was done to each linear, and what it took."""
+    plan, windows = result.plan, result.windows
+    return {
+        "schema": "qtool.report/1",
+        "model": {
+            "id": plan.checkpoint.name,
+            "revision": plan.checkpoint.revision,
+            "family": plan.family.name,
+        },
+        "quantization": {
+            "method": plan.method.name,
+            "format": output.format.name,
+            "bits_per_weight": plan.bits_per_weight,
+            "kept": list(output.kept),
+        },
+        "calibration": calibration_of(result) if windows is not None else None,
+        "layers": [asdict(layer) for layer in result.layers],
+        "resources": resources_of(result),
+        "environment": environment(),
+        "files": dict(digests),
+    }
+
+
+def calibration_of(result: QuantizeResult) -> dict[str, Any]:
+    """Return what the calibration data was, in the terms of the JSON contract."""
+    windows = result.windows
+    if windows is None:
+        return {"datasets": [], "tokens": 0}
+    return {
+        "datasets": [asdict(source) for source in windows.sources],
+        "tokens": int(windows.ids.numel()),
+        "windows": len(windows.ids),
+        "sequence_length": windows.ids.shape[1],
+        "sha256": windows.sha256,
+    }
+
+
+def resources_of(result: QuantizeResult) -> dict[str, Any]:
+    """Return what a run took, in the terms of the JSON contract."""
+    return {
+        "peak_ram_bytes": result.peak_ram_bytes,
+        "peak_vram_bytes": result.peak_vram_bytes,
+        "seconds": result.seconds,
+        "device": result.device,
+    }
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"qtool": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def write_sums(directory: Path, known: Mapping[str, str]) -> None:
+    """Write SHA256SUMS over all files that a rerun makes again, as `sha256sum -c` reads it."""
+    lines = []
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(directory).as_posix()
+        # The report holds times; without it, equal sums mean an equal result.
+        if name not in {SUMS_FILE, REPORT_FILE}:
+            lines.append(f"{known.get(name) or file_digest(path)}  {name}\n")
+    _write(directory / SUMS_FILE, "".join(lines))

@@ -1,0 +1,107 @@
+"""The model card beside a result: what it is, how it was made, how each engine loads it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import yaml
+
+from qtool import __version__
+from qtool.pipeline.plan import Plan, PlannedOutput
+
+if TYPE_CHECKING:
+    from qtool.pipeline.quantize import QuantizeResult
+
+_SNIPPETS = {
+    "vllm": "vllm serve PATH",
+    "transformers": 'AutoModelForCausalLM.from_pretrained("PATH", device_map="auto")',
+    "gptqmodel": 'GPTQModel.load("PATH")',
+}
+
+
+def model_card(plan: Plan, output: PlannedOutput, result: QuantizeResult) -> str:
+    """Return README.md, with the metadata block that the hub reads."""
+    checkpoint = plan.checkpoint
+    metadata: dict[str, object] = {
+        "base_model": checkpoint.source if "/" in checkpoint.source else checkpoint.name,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "tags": ["qtool", output.format.name, plan.method.name],
+    }
+    if _is_local(plan):
+        metadata["base_model"] = checkpoint.name
+    metadata.update(_carried_over(plan))
+    quantize = plan.recipe.quantize
+    spread = {-1: "channel", 0: "matrix"}.get(quantize.group_size, f"{quantize.group_size} weights")
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {checkpoint.name}, quantized",
+        "",
+        f"Made by qtool {__version__} from `{metadata['base_model']}`"
+        + (f" at `{checkpoint.revision}`." if checkpoint.revision else "."),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {plan.method.name} |",
+        f"| format | {output.format.name} |",
+        f"| bits | {quantize.bits}, {'symmetric' if quantize.symmetric else 'asymmetric'}, one "
+        f"scale per {spread} |",
+        f"| bits per quantized weight, scales included | {plan.bits_per_weight:.3f} |",
+        f"| kept in the model's own dtype | embeddings, norms{_kept(output)} |",
+        *_calibration(result),
+        "",
+        "`qtool-recipe.yaml` makes the same files again, `qtool-report.json` has a line for every",
+        "layer, `SHA256SUMS` the checksums (`sha256sum -c SHA256SUMS`).",
+        "",
+        "## How to load it",
+        "",
+        *[line for engine in output.format.loads_in for line in _snippet(engine)],
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _is_local(plan: Plan) -> bool:
+    return plan.checkpoint.revision is None
+
+
+def _carried_over(plan: Plan) -> dict[str, object]:
+    """Licence and languages from the original's own card, if it has one."""
+    card = plan.checkpoint.path / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        found = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    keys = ("license", "license_name", "license_link", "language", "pipeline_tag")
+    return {key: found[key] for key in keys if key in found}
+
+
+def _kept(output: PlannedOutput) -> str:
+    return "".join(f", `{name}`" for name in output.kept[:4]) + (
+        f" and {len(output.kept) - 4} more" if len(output.kept) > 4 else ""
+    )
+
+
+def _calibration(result: QuantizeResult) -> list[str]:
+    windows = result.windows
+    if windows is None:
+        return []
+    names = ", ".join(source.name for source in windows.sources)
+    size = f"{len(windows.ids)} windows of {windows.ids.shape[1]} tokens"
+    return [f"| calibrated on | {json.dumps(names)[1:-1]}, {size} |"]
+
+
+def _snippet(engine: str) -> list[str]:
+    code = _SNIPPETS.get(engine, "")
+    return [f"- {engine}: `{code}`"] if code else [f"- {engine}"]

@@ -1,0 +1,241 @@
+"""The whole line: plan -> stream blocks -> pack each linear at its place -> metadata -> verify."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import device as devices
+from qtool.calibration.moments import Moments
+from qtool.calibration.tokens import Windows
+from qtool.checkpoint.output import OutputDirectory
+from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.shards import ShardWriter
+from qtool.errors import UsageError
+from qtool.formats.reading import DenseSource
+from qtool.grids.protocol import QuantizedTensor
+from qtool.model.skeleton import Skeleton
+from qtool.pipeline.artifact import write_metadata
+from qtool.pipeline.blocks import (
+    BlockQuantizer,
+    BlockResult,
+    Sinks,
+    quantize_block_without_data,
+)
+from qtool.pipeline.plan import Plan, PlannedOutput
+from qtool.pipeline.progress import LayerReport, Progress
+from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream
+from qtool.pipeline.verify import verify
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run made, and what it took."""
+
+    plan: Plan
+    paths: tuple[Path, ...]
+    digests: tuple[Mapping[str, str], ...]  # per output, file name -> SHA-256
+    layers: tuple[LayerReport, ...]
+    windows: Windows | None
+    seconds: float
+    peak_ram_bytes: int
+    peak_vram_bytes: int
+    device: str
+    warnings: tuple[tuple[str, str], ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to run a plan; nothing here changes the result but the kind of device.
+
+    Args:
+        device: where to compute.
+        overwrite: replace an existing model directory once the new one is complete.
+        batch_bytes: budget for activations inside one block.
+    """
+
+    device: torch.device
+    overwrite: bool = False
+    batch_bytes: int = DEFAULT_BATCH_BYTES
+
+
+def run_plan(
+    plan: Plan,
+    destinations: Sequence[Path],  # one per planned output
+    settings: RunSettings,
+    progress: Progress,
+    *,
+    windows: Windows | None = None,
+    statistics: Mapping[int, Mapping[str, Moments]] | None = None,
+) -> QuantizeResult:
+    """Carry a plan out and give each output directory its name when it is complete.
+
+    Args:
+        plan: from `make_plan`.
+        destinations: final directories; must not exist, or be empty, unless `overwrite`.
+        settings: device and limits.
+        progress: told what happens.
+        windows: calibration tokens; needed by a calibrated plan without statistics.
+        statistics: block -> tap -> moments from a file, for methods without a Hessian.
+
+    Raises:
+        UsageError: an output is in the way, or calibration data is missing.
+        NumericalError: weights or activations are not finite.
+        CapacityError: the disk is full.
+        DamagedError: the input is damaged, or what was written does not read back.
+    """
+    if plan.calibrated and windows is None and statistics is None:
+        raise UsageError(f"{plan.method.name} needs calibration data", "give --dataset")
+    started = time.perf_counter()
+    layers: list[LayerReport] = []
+    with contextlib.ExitStack() as stack:
+        sources = [plan.checkpoint.path]
+        directories = [
+            OutputDirectory(path, overwrite=settings.overwrite, sources=sources)
+            for path in destinations
+        ]
+        partials = [stack.enter_context(directory) for directory in directories]
+        spill = partials[0] / ".activations"
+        spill.mkdir()
+        writers = [
+            _OutputWriter(output, path) for output, path in zip(plan.outputs, partials, strict=True)
+        ]
+        sinks = _sinks(writers, layers, progress)
+        with TensorReader(plan.checkpoint.refs) as reader:
+            source = DenseSource(plan.checkpoint, reader)
+            _run_blocks(
+                plan, source, settings, progress, sinks, writers, spill, windows, statistics
+            )
+        spill.rmdir()
+        for writer in writers:
+            writer.copy_rest(plan)
+        progress.finish()
+        result = _result(plan, directories, writers, layers, windows, started, settings)
+        for output, writer, partial in zip(plan.outputs, writers, partials, strict=True):
+            write_metadata(plan, output, partial, result, writer.digests)
+            verify(plan, output, partial)
+        for directory in directories:
+            directory.commit()
+    return result
+
+
+def _result(
+    plan: Plan,
+    directories: Sequence[OutputDirectory],
+    writers: Sequence[_OutputWriter],
+    layers: Sequence[LayerReport],
+    windows: Windows | None,
+    started: float,
+    settings: RunSettings,
+) -> QuantizeResult:
+    ram, vram = devices.peak_memory(settings.device)
+    return QuantizeResult(
+        plan=plan,
+        paths=tuple(d.final for d in directories),
+        digests=tuple(w.digests for w in writers),
+        layers=tuple(layers),
+        windows=windows,
+        seconds=time.perf_counter() - started,
+        peak_ram_bytes=ram,
+        peak_vram_bytes=vram,
+        device=devices.describe(settings.device),
+    )
+
+
+class _OutputWriter:
+    """Packs finished linears into one output directory."""
+
+    def __init__(self, output: PlannedOutput, directory: Path) -> None:
+        self._format = output.format
+        self._shards = ShardWriter(output.shards, directory)
+        self.digests: dict[str, str] = {}
+
+    def write(self, name: str, quantized: QuantizedTensor) -> None:
+        for full, tensor in self._format.pack(name, quantized).items():
+            self._shards.write(full, tensor)
+
+    def write_changed(self, result: BlockResult) -> None:
+        for name, tensor in result.changed.items():
+            self._shards.write(name, tensor.cpu())
+
+    def copy_rest(self, plan: Plan) -> None:
+        """Copy what is stored as it was, byte for byte, and close the files."""
+        for name in plan.checkpoint.refs:
+            if name in self._shards.missing:
+                self._shards.write_from(plan.checkpoint.refs[name])
+        self._shards.close()
+        self.digests = self._shards.digests()
+
+
+def _sinks(
+    writers: Sequence[_OutputWriter], layers: list[LayerReport], progress: Progress
+) -> Sinks:
+    def keep(name: str, quantized: QuantizedTensor) -> None:
+        held = quantized.cpu()
+        for writer in writers:
+            writer.write(name, held)
+
+    def note(report: LayerReport) -> None:
+        layers.append(report)
+        if report.damp_percent is not None and report.damp_raised:
+            progress.warn(
+                "damping_raised",
+                f"{report.name}: the Hessian needed damping {report.damp_percent:g}; "
+                "more calibration windows would help",
+            )
+        progress.layer(report)
+
+    return Sinks(keep, note)
+
+
+@torch.no_grad()
+def _run_blocks(
+    plan: Plan,
+    source: DenseSource,
+    settings: RunSettings,
+    progress: Progress,
+    sinks: Sinks,
+    writers: Sequence[_OutputWriter],
+    spill: Path,
+    windows: Windows | None,
+    statistics: Mapping[int, Mapping[str, Moments]] | None,
+) -> None:
+    streamed = plan.calibrated and statistics is None
+    skeleton = _skeleton(plan, settings.device) if plan.calibrated else None
+    quantizer: BlockQuantizer | None = None
+    progress.start("quantizing", plan.n_blocks)
+    if streamed and skeleton is not None and windows is not None:
+        stream = Stream(skeleton, source, windows.ids, spill, batch_bytes=settings.batch_bytes)
+        quantizer = BlockQuantizer(plan, skeleton, source, stream, sinks)
+    config: Any = None if skeleton is None else skeleton.config
+    for index in range(plan.n_blocks):
+        if quantizer is not None:
+            result = quantizer.quantize(index)
+        else:
+            result = quantize_block_without_data(
+                plan,
+                source,
+                index,
+                settings.device,
+                sinks,
+                config=config,
+                statistics=None if statistics is None else statistics[index],
+            )
+        for writer in writers:
+            writer.write_changed(result)
+        progress.advance(f"block {index + 1} of {plan.n_blocks}")
+
+
+def _skeleton(plan: Plan, device: torch.device) -> Skeleton:
+    return Skeleton(
+        plan.checkpoint.config,
+        plan.family,
+        dtype=devices.compute_dtype(plan.dtype, device),
+        device=device,
+    )
