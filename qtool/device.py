@@ -16,6 +16,9 @@ from torch import Tensor
 
 from qtool.errors import UsageError
 
+ROWS_AT_ONCE = 16384  # of inputs that are widened to float32 together
+GRAM_WIDTH = 256  # narrower strips of a Gram matrix multiply too slowly to be worth saving
+
 
 def resolve(name: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -78,18 +81,38 @@ def _bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = previous
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to `total` [A, B] float32, for left [T, A] and right [T, B] of one dtype.
+def add_products(
+    gram: Tensor, cross: Tensor | None, inputs: Tensor, twin: Tensor | None
+) -> None:
+    """Add x^T x to `gram` and x^T y to `cross`, for x `inputs` and y `twin`.
 
-    For bfloat16 operands every product is exact and sums are float32: faster, with nothing lost.
+    For bfloat16 inputs every product is exact and sums are float32: faster, with nothing lost.
+
+    Args:
+        gram: [C, C] float32; only its upper triangle is kept up, see `symmetric`.
+        cross: [C, C] float32, or None.
+        inputs: [T, C].
+        twin: [T, C] of the same dtype, or None.
     """
+    columns = gram.shape[0]
+    width = max(GRAM_WIDTH, -(-columns // 4))
+    twins = inputs.split(ROWS_AT_ONCE) if twin is None else twin.split(ROWS_AT_ONCE)
     with contextlib.ExitStack() as stack:
-        if left.dtype == torch.bfloat16 and left.device.type == "cpu":
+        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu":
             stack.enter_context(_bfloat16_products())
-        rows = 16384  # a float32 copy of the operands is made; keep it small
-        for a, b in zip(left.split(rows), right.split(rows), strict=True):
-            a32 = a.to(torch.float32)
-            total.addmm_(a32.T, a32 if b is a or left is right else b.to(torch.float32))
+        for part, other in zip(inputs.split(ROWS_AT_ONCE), twins, strict=True):
+            wide = part.to(torch.float32)
+            for start in range(0, columns, width):
+                left = wide[:, start : start + width].T
+                gram[start : start + width, start:].addmm_(left, wide[:, start:])
+            if cross is not None:
+                cross.addmm_(wide.T, other.to(torch.float32))
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Return the whole of a symmetric matrix [C, C] of which the upper triangle is known."""
+    upper = gram.triu()
+    return upper + upper.triu(1).T
 
 
 def synchronize(device: torch.device) -> None:

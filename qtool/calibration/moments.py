@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.device import add_product
+from qtool.device import ROWS_AT_ONCE, add_products, symmetric
 
 Statistic = Literal["diagonal", "hessian"]
 
@@ -39,14 +39,21 @@ class MomentSums:
         columns: C.
         device: where the sums live.
         hessian: whether to sum x~ x~^T.
-        cross: whether to sum x~ x^T; `add` then needs the twin inputs.
+        cross: whether to sum x~ x^T; `add` then needs the twin inputs. Needs `hessian`.
+        absolute: whether to sum |x~|; zero in the result otherwise.
     """
 
     def __init__(
-        self, columns: int, device: torch.device, *, hessian: bool, cross: bool = False
+        self,
+        columns: int,
+        device: torch.device,
+        *,
+        hessian: bool,
+        cross: bool = False,
+        absolute: bool = True,
     ) -> None:
         self._tokens = 0
-        self._absolute = torch.zeros(columns, device=device)
+        self._absolute = torch.zeros(columns, device=device) if absolute else None
         self._squares = torch.zeros(columns, device=device)
         square = (columns, columns)
         self._hessian = torch.zeros(square, device=device) if hessian else None
@@ -55,21 +62,22 @@ class MomentSums:
     def add(self, inputs: Tensor, twin: Tensor | None = None) -> None:
         """Add inputs [T, C], and the float model's inputs [T, C] at the same tokens."""
         self._tokens += inputs.shape[0]
-        for part in inputs.split(16384):
-            self._absolute += part.abs().sum(dim=0, dtype=torch.float32)
-            if self._hessian is None:
-                self._squares += part.to(torch.float32).square().sum(dim=0)
-        if self._hessian is not None:
-            add_product(self._hessian, inputs, inputs)
-        if self._cross is not None:
-            if twin is None:
-                raise TypeError("cross products need the float model's inputs")
-            add_product(self._cross, inputs, twin)
+        if self._absolute is not None:
+            for part in inputs.split(ROWS_AT_ONCE):
+                self._absolute += part.abs().sum(dim=0, dtype=torch.float32)
+        if self._hessian is None:
+            for part in inputs.split(ROWS_AT_ONCE):
+                self._squares += part.to(torch.float32).square_().sum(dim=0)
+        elif self._cross is not None and twin is None:
+            raise TypeError("cross products need the float model's inputs")
+        else:
+            add_products(self._hessian, self._cross, inputs, twin)
 
     def result(self) -> Moments:
         """Return the means; the sums must not be added to afterwards."""
         count = max(self._tokens, 1)
-        hessian = None if self._hessian is None else self._hessian.div_(count)
+        hessian = None if self._hessian is None else symmetric(self._hessian).div_(count)
         diagonal = self._squares / count if hessian is None else hessian.diagonal().clone()
         cross = None if self._cross is None else self._cross.div_(count)
-        return Moments(self._tokens, self._absolute / count, diagonal, hessian, cross)
+        absolute = torch.zeros_like(diagonal) if self._absolute is None else self._absolute / count
+        return Moments(self._tokens, absolute, diagonal, hessian, cross)

@@ -171,7 +171,7 @@ def visit_in_one_pass(
 
     def watch(tap: Tap, seen: Tensor) -> None:
         twin = twin_inputs.get(tap.name)
-        sums = MomentSums(seen.shape[1], seen.device, hessian=True, cross=twin is not None)
+        sums = _sums(seen, twin)
         sums.add(seen, twin)
         visit(tap, sums.result())
 
@@ -179,6 +179,12 @@ def visit_in_one_pass(
     output = run_watched(working, taps, stream.hidden.get(0), call, watch)
     if output is not None:
         stream.hidden.put(0, output)
+
+
+def _sums(seen: Tensor, twin: Tensor | None) -> MomentSums:
+    """Return empty sums of what a rounding needs of inputs like `seen`: no mean |x|."""
+    cross = twin is not None
+    return MomentSums(seen.shape[1], seen.device, hessian=True, cross=cross, absolute=False)
 
 
 def visit_in_stages(
@@ -198,9 +204,7 @@ def visit_in_stages(
     for tap in taps:
         sums: MomentSums | None = None
         for seen, other in _inputs(stream, working, index, tap, reference, twin):
-            if sums is None:
-                columns = seen.shape[1]
-                sums = MomentSums(columns, seen.device, hessian=True, cross=other is not None)
+            sums = sums or _sums(seen, other)
             sums.add(seen, other)
         if sums is not None:
             visit(tap, sums.result())

@@ -26,27 +26,38 @@ REPORT_FILE = "qtool-report.json"
 SUMS_FILE = "SHA256SUMS"
 
 
-def write_metadata(
-    plan: Plan,
-    output: PlannedOutput,
-    directory: Path,
-    result: QuantizeResult,
-    digests: Mapping[str, str],
-) -> None:
-    """Write config.json, the model's own small files, and qtool's recipe, report, card and sums.
+def write_model_files(plan: Plan, output: PlannedOutput, directory: Path) -> None:
+    """Write config.json, and the tokenizer and other small files of the model byte for byte.
 
     Raises:
         CapacityError: the disk is full.
     """
+    config = dict(plan.checkpoint.config)
+    config["quantization_config"] = dict(output.quantization_config)
     try:
-        _copy_extras(plan, directory)
-        config = dict(plan.checkpoint.config)
-        config["quantization_config"] = dict(output.quantization_config)
+        for source in plan.checkpoint.extra_files:
+            target = directory / source.relative_to(plan.checkpoint.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
         _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise write_error(Path(error.filename or directory), error) from error
+
+
+def write_records(
+    result: QuantizeResult, index: int, directory: Path, digests: Mapping[str, str]
+) -> None:
+    """Write the resolved recipe, the report, the model card and the checksums of output `index`.
+
+    Raises:
+        CapacityError: the disk is full.
+    """
+    plan, output = result.plan, result.plan.outputs[index]
+    report = report_of(result, index, digests)
+    try:
         _write(directory / RECIPE_FILE, resolved_recipe(plan, output))
-        report = report_of(result, output, digests)
         _write(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
-        _write(directory / "README.md", model_card(plan, output, result))
+        _write(directory / "README.md", model_card(result, index))
         write_sums(directory, digests)
     except OSError as error:
         raise write_error(Path(error.filename or directory), error) from error
@@ -56,31 +67,26 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _copy_extras(plan: Plan, directory: Path) -> None:
-    for source in plan.checkpoint.extra_files:
-        target = directory / source.relative_to(plan.checkpoint.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-
-
 def resolved_recipe(plan: Plan, output: PlannedOutput) -> str:
     """Return the recipe with every default, which makes the same bytes again.
 
     Names only the one format of this directory, and no place on this machine: MODEL and the
     output are the command line's.
     """
+    checkpoint = plan.checkpoint
+    model = plan.recipe.model
+    if checkpoint.revision is None:
+        model = model.model_copy(update={"id": checkpoint.name})
     exports = tuple(e for e in plan.recipe.export if e.format == output.format.name)
-    recipe = plan.recipe.model_copy(update={"export": exports, "output": None})
+    recipe = plan.recipe.model_copy(update={"model": model, "export": exports, "output": None})
     head = f"# Written by qtool {__version__}. Make the same bytes again with:\n"
-    command = f"#   qtool quantize {plan.checkpoint.source} --recipe {RECIPE_FILE}\n"
-    return head + command + dump_recipe(recipe)
+    place = "" if checkpoint.revision else f" PATH/TO/{checkpoint.name}"
+    return head + f"#   qtool quantize{place} --recipe {RECIPE_FILE}\n" + dump_recipe(recipe)
 
 
-def report_of(
-    result: QuantizeResult, output: PlannedOutput, digests: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return qtool-report.json: what was done to each linear, and what it took."""
-    plan, windows = result.plan, result.windows
+def report_of(result: QuantizeResult, index: int, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return qtool-report.json: what was done to each linear, what it cost and what it took."""
+    plan, windows, output = result.plan, result.windows, result.plan.outputs[index]
     return {
         "schema": "qtool.report/1",
         "model": {
@@ -95,6 +101,7 @@ def report_of(
             "kept": list(output.kept),
         },
         "calibration": calibration_of(result) if windows is not None else None,
+        "metrics": dict(result.metrics[index]) if result.metrics else None,
         "layers": [asdict(layer) for layer in result.layers],
         "resources": resources_of(result),
         "environment": environment(),

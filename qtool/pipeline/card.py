@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -14,23 +15,23 @@ if TYPE_CHECKING:
     from qtool.pipeline.quantize import QuantizeResult
 
 _SNIPPETS = {
-    "vllm": "vllm serve PATH",
+    "vLLM": "vllm serve PATH",
     "transformers": 'AutoModelForCausalLM.from_pretrained("PATH", device_map="auto")',
-    "gptqmodel": 'GPTQModel.load("PATH")',
+    "GPTQModel": 'GPTQModel.load("PATH")',
 }
 
 
-def model_card(plan: Plan, output: PlannedOutput, result: QuantizeResult) -> str:
-    """Return README.md, with the metadata block that the hub reads."""
+def model_card(result: QuantizeResult, index: int) -> str:
+    """Return README.md of output `index`, with the metadata block that the hub reads."""
+    plan, output = result.plan, result.plan.outputs[index]
     checkpoint = plan.checkpoint
+    # A directory of this machine says nothing to others; a hub id, which has a revision, does.
     metadata: dict[str, object] = {
-        "base_model": checkpoint.source if "/" in checkpoint.source else checkpoint.name,
+        "base_model": checkpoint.source if checkpoint.revision else checkpoint.name,
         "base_model_relation": "quantized",
         "library_name": "transformers",
-        "tags": ["qtool", output.format.name, plan.method.name],
+        "tags": sorted({"qtool", output.format.name, plan.method.name}),
     }
-    if _is_local(plan):
-        metadata["base_model"] = checkpoint.name
     metadata.update(_carried_over(plan))
     quantize = plan.recipe.quantize
     spread = {-1: "channel", 0: "matrix"}.get(quantize.group_size, f"{quantize.group_size} weights")
@@ -53,6 +54,7 @@ def model_card(plan: Plan, output: PlannedOutput, result: QuantizeResult) -> str
         f"| bits per quantized weight, scales included | {plan.bits_per_weight:.3f} |",
         f"| kept in the model's own dtype | embeddings, norms{_kept(output)} |",
         *_calibration(result),
+        *_measured(result, index),
         "",
         "`qtool-recipe.yaml` makes the same files again, `qtool-report.json` has a line for every",
         "layer, `SHA256SUMS` the checksums (`sha256sum -c SHA256SUMS`).",
@@ -62,10 +64,6 @@ def model_card(plan: Plan, output: PlannedOutput, result: QuantizeResult) -> str
         *[line for engine in output.format.loads_in for line in _snippet(engine)],
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _is_local(plan: Plan) -> bool:
-    return plan.checkpoint.revision is None
 
 
 def _carried_over(plan: Plan) -> dict[str, object]:
@@ -97,9 +95,23 @@ def _calibration(result: QuantizeResult) -> list[str]:
     windows = result.windows
     if windows is None:
         return []
-    names = ", ".join(source.name for source in windows.sources)
+    names = ", ".join(Path(source.name).name for source in windows.sources)
     size = f"{len(windows.ids)} windows of {windows.ids.shape[1]} tokens"
     return [f"| calibrated on | {json.dumps(names)[1:-1]}, {size} |"]
+
+
+def _measured(result: QuantizeResult, index: int) -> list[str]:
+    if not result.metrics:
+        return []
+    metrics = result.metrics[index]
+    ppl, kld, top1 = metrics["ppl"], metrics["kld"], metrics["top1"]
+    tokens = f"{kld['tokens']} tokens of built-in text"
+    return [
+        f"| perplexity, original | {ppl['reference']:.3f} on {tokens} |",
+        f"| perplexity, this | {ppl['value']:.3f} |",
+        f"| KL divergence | {kld['mean']:.4f} ± {kld['se']:.4f} |",
+        f"| same top token | {100 * top1['value']:.1f} % |",
+    ]
 
 
 def _snippet(engine: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.skeleton import Skeleton
-from qtool.pipeline.artifact import write_metadata
+from qtool.pipeline.artifact import write_model_files, write_records
 from qtool.pipeline.blocks import (
     BlockQuantizer,
     BlockResult,
@@ -47,7 +47,11 @@ class QuantizeResult:
     peak_ram_bytes: int
     peak_vram_bytes: int
     device: str
-    warnings: tuple[tuple[str, str], ...] = field(default=())
+    metrics: tuple[Mapping[str, Any], ...] = ()  # per output, where it was measured
+
+
+# Measures finished directories against the original; gives one mapping of metrics each.
+Measure = Callable[[list[Path]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def run_plan(
     *,
     windows: Windows | None = None,
     statistics: Mapping[int, Mapping[str, Moments]] | None = None,
+    measure: Measure | None = None,
 ) -> QuantizeResult:
     """Carry a plan out and give each output directory its name when it is complete.
 
@@ -83,6 +88,7 @@ def run_plan(
         progress: told what happens.
         windows: calibration tokens; needed by a calibrated plan without statistics.
         statistics: block -> tap -> moments from a file, for methods without a Hessian.
+        measure: asked about the complete directories before they get their names.
 
     Raises:
         UsageError: an output is in the way, or calibration data is missing.
@@ -116,10 +122,14 @@ def run_plan(
         for writer in writers:
             writer.copy_rest(plan)
         progress.finish()
-        result = _result(plan, directories, writers, layers, windows, started, settings)
-        for output, writer, partial in zip(plan.outputs, writers, partials, strict=True):
-            write_metadata(plan, output, partial, result, writer.digests)
+        for output, partial in zip(plan.outputs, partials, strict=True):
+            write_model_files(plan, output, partial)
             verify(plan, output, partial)
+        result = _result(plan, directories, writers, layers, windows, started, settings)
+        if measure is not None:
+            result = replace(result, metrics=tuple(measure(partials)))
+        for index, (writer, partial) in enumerate(zip(writers, partials, strict=True)):
+            write_records(result, index, partial, writer.digests)
         for directory in directories:
             directory.commit()
     return result

@@ -1,0 +1,88 @@
+"""`qtool calibrate`: what the linears of a model read, as an importance-matrix GGUF."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+from qtool.cli import options
+from qtool.cli.session import session
+from qtool.errors import UsageError
+
+
+def calibrate(
+    model: options.Model,
+    output: options.Output = None,
+    dataset: options.Datasets = None,
+    windows: options.Windows = None,
+    seqlen: options.SequenceLength = None,
+    chat_template: options.ChatTemplate = None,
+    seed: options.Seed = None,
+    max_ram: options.MaxRam = None,
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure what the linears of a model read, for quantize --statistics and llama.cpp."""
+    with session(
+        "calibrate", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
+    ) as terminal:
+        if output is None:
+            raise UsageError("no output given", "name one: -o stats.gguf")
+        from rich.text import Text
+
+        from qtool import device as devices
+        from qtool.checkpoint.locate import locate
+        from qtool.checkpoint.untrusted import printable
+        from qtool.cli.calibration_data import calibration_windows
+        from qtool.cli.recipe_flags import build_recipe
+        from qtool.model.family import family_of
+        from qtool.model.streaming import DEFAULT_BATCH_BYTES
+        from qtool.pipeline.calibrate import calibrate as run
+        from qtool.pipeline.calibrate import save_statistics
+        from qtool.recipe.sizes import parse_size
+
+        if output.exists() and not overwrite:
+            raise UsageError(f"the output {output} exists", "choose another -o, or --overwrite")
+        flags: dict[str, Any] = {
+            "datasets": dataset,
+            "windows": windows,
+            "sequence_length": seqlen,
+            "chat_template": chat_template,
+            "seed": seed,
+        }
+        recipe = build_recipe(model, None, flags, [])
+        checkpoint = locate(model, revision, offline)
+        family = family_of(checkpoint.config)
+        progress = terminal.progress()
+        data = calibration_windows(checkpoint, recipe, progress)
+        budget = DEFAULT_BATCH_BYTES if max_ram is None else parse_size(max_ram)
+        found = run(checkpoint, data, devices.resolve(device), progress, batch_bytes=budget)
+        save_statistics(found, family.gguf_architecture, output, overwrite=overwrite)
+        result = {
+            "schema": "qtool.calibrate/1",
+            "ok": True,
+            "exit_code": 0,
+            "model": {"id": checkpoint.source, "revision": checkpoint.revision},
+            "calibration": {
+                "datasets": [vars(source) for source in data.sources],
+                "tokens": int(data.ids.numel()),
+                "sha256": data.sha256,
+            },
+            "artifacts": [{"format": "imatrix", "path": str(output), "tensors": len(found.moments)}],
+            "warnings": [{"code": c, "message": m} for c, m in progress.warnings],
+            "error": None,
+        }
+        shown = (
+            f"wrote {output}: {len(found.moments)} linears, {data.ids.numel()} tokens\n\n"
+            f"next: qtool quantize {model} --method awq --statistics {output}"
+        )
+        lines = "\n".join(printable(line) for line in shown.split("\n"))
+        terminal.result(result, Text(lines, no_wrap=True, overflow="ignore"))
+
+

@@ -1,0 +1,140 @@
+"""`qtool eval`: perplexity, and what was lost against the original."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.session import session
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qtool.pipeline.evaluate import Evaluated
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Directories: float, gptq, awq, compressed-tensors."),
+    ],
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--ref", metavar="ORIGINAL", help="The model they were made from."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="builtin, FILE.txt|jsonl|parquet, or hf:ID.")
+    ] = "builtin",
+    context: Annotated[int, typer.Option("--ctx", help="Tokens of a window.", min=2)] = 2048,
+    windows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-n", "--windows", help="Most windows.", show_default="16", min=1),
+    ] = 16,
+    every: Annotated[bool, typer.Option("--all", help="All windows of the data.")] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="To compute in: float32, bfloat16, float16.")
+    ] = "float32",
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure perplexity, and KL divergence from the original model."""
+    with session(
+        "eval", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
+    ) as terminal:
+        from qtool import device as devices
+        from qtool.calibration.datasets import parse_dataset
+        from qtool.calibration.tokens import evaluation_windows
+        from qtool.checkpoint.locate import locate
+        from qtool.cli.calibration_data import load_tokenizer
+        from qtool.pipeline.evaluate import evaluate as run
+
+        target = devices.resolve(device)
+        original = None if reference is None else locate(reference, revision, offline)
+        found = [locate(name, None, offline) for name in models]
+        tokenizer = load_tokenizer(original or found[0])
+        text = parse_dataset(data)
+        limit = None if every else windows
+        tokens = evaluation_windows(tokenizer, text, length=context, limit=limit)
+        results = run(found, original, tokens, target, terminal.progress(), dtype=dtype)
+        terminal.result(
+            _result(results, tokens, data, context), _table(results, reference, data, context)
+        )
+
+
+def _result(
+    results: list[Evaluated], windows: Any, data: str, context: int
+) -> dict[str, Any]:
+    from qtool.pipeline.evaluate import metrics_of
+
+    return {
+        "schema": "qtool.eval/1",
+        "ok": True,
+        "exit_code": 0,
+        "data": {"name": data, "context": context, "windows": len(windows.ids),
+                 "sha256": windows.sha256},
+        "results": [
+            {
+                "model": r.checkpoint.source,
+                "format": _format_name(r),
+                "bytes": r.n_bytes,
+                "metrics": metrics_of(r),
+                "seconds": r.seconds,
+            }
+            for r in results
+        ],
+        "warnings": [],
+        "error": None,
+    }
+
+
+def _format_name(result: Evaluated) -> str:
+    declared = result.checkpoint.config.get("quantization_config") or {}
+    return str(declared.get("quant_method", "float"))
+
+
+def _table(
+    results: list[Evaluated], reference: str | None, data: str, context: int
+) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from qtool.checkpoint.untrusted import printable
+    from qtool.recipe.sizes import shown_size
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("format", "size", "perplexity"):
+        table.add_column(title, justify="right")
+    compared = reference is not None
+    for title in ("x original", "KL divergence", "KL p99", "same top token") if compared else ():
+        table.add_column(title, justify="right")
+    for r in sorted(results, key=lambda r: r.n_bytes):
+        ppl = f"{r.perplexity.value:.3f} ± {r.perplexity.standard_error:.3f}"
+        row = [printable(r.checkpoint.source), _format_name(r), shown_size(r.n_bytes), ppl]
+        if r.comparison is not None:
+            kl = r.comparison.divergence
+            row += [
+                f"{r.perplexity.value / r.comparison.reference_perplexity.value:.4f}",
+                f"{kl.value:.4f} ± {kl.standard_error:.4f}",
+                f"{r.comparison.divergence_p99:.3f}",
+                f"{100 * r.comparison.top1.value:.2f} %",
+            ]
+        table.add_row(*row)
+    tokens = results[0].perplexity.tokens
+    notes = f"{tokens} tokens of {data}, windows of {context} that do not overlap"
+    original = results[0].comparison
+    if original is not None:
+        notes += f"; original's perplexity {original.reference_perplexity.value:.3f}"
+    first = printable(results[0].checkpoint.source)
+    ending = f"next: qtool eval {first} --ref ORIGINAL" if not compared else (
+        f"next: qtool inspect {first}"
+    )
+    return Group(table, Text(), Text(printable(notes)), Text(), Text(ending))

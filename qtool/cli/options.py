@@ -1,0 +1,79 @@
+"""Options that several commands share, with their help texts and `QTOOL_*` variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of bugs.")]
+NoProgress = Annotated[
+    bool, typer.Option("--no-progress", help="No progress display.", envvar="QTOOL_NO_PROGRESS")
+]
+Revision = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads this at run time
+    typer.Option("--revision", help="Branch, tag or commit on the hub.", envvar="QTOOL_REVISION"),
+]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Use only what is on this machine.", envvar="HF_HUB_OFFLINE"),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="QTOOL_DEVICE"),
+]
+Datasets = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "-d",
+        "--dataset",
+        help="builtin, FILE.txt|jsonl|parquet, or hf:ID[:split[:column]]; each with an optional "
+        ":n=WINDOWS. Repeatable.",
+        show_default="builtin",
+    ),
+]
+Windows = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("-n", "--windows", help="Calibration windows.", show_default="128", min=1),
+]
+SequenceLength = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "-l",
+        "--seqlen",
+        "--sequence-length",
+        help="Tokens of a window.",
+        show_default="2048",
+        min=2,
+    ),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--seed", help="Chooses calibration windows.", show_default="42"),
+]
+ChatTemplate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--chat-template", help="auto, on or off.", show_default="auto"),
+]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--output", help="Where the result goes.", show_default=False),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
+]
+MaxRam = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--max-ram",
+        help="Budget for the activations of one batch, such as 4GB.",
+        envvar="QTOOL_MAX_RAM",
+    ),
+]

@@ -1,0 +1,263 @@
+"""`qtool quantize`: the whole line, from a model to files that engines load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from qtool.cli import options
+from qtool.cli.session import session
+from qtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from qtool.console import Terminal
+    from qtool.recipe.schema import Recipe
+
+EVALUATIONS = ("quick", "none")
+
+
+def quantize(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            metavar="MODEL", help="A model directory or hub id.", show_default="the recipe's"
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "-m", "--method", help="rtn, gptq, awq or awq+gptq.", show_default="awq; rtn at 8 bits"
+        ),
+    ] = None,
+    bits: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-b", "--bits", help="2, 3, 4 or 8.", show_default="4"),
+    ] = None,
+    group_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "-g",
+            "--group-size",
+            help="Inputs that share one scale; -1: one scale per row, 0: per matrix.",
+            show_default="128",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--sym/--asym", help="Zero points or none.", show_default="asym for awq"),
+    ] = None,
+    output_format: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "-f",
+            "--format",
+            help="gptq, awq or compressed-tensors. Repeatable: one calibration for all.",
+            show_default="the method's own",
+        ),
+    ] = None,
+    output: options.Output = None,
+    dataset: options.Datasets = None,
+    windows: options.Windows = None,
+    seqlen: options.SequenceLength = None,
+    chat_template: options.ChatTemplate = None,
+    statistics: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--statistics", help="From qtool calibrate, instead of a dataset (awq)."),
+    ] = None,
+    act_order: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--act-order/--no-act-order",
+            help="gptq: columns with the largest inputs first; costs nothing at inference.",
+            show_default="on",
+        ),
+    ] = None,
+    damp_percent: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--damp-percent", help="gptq: fraction of mean(diag H).", show_default="0.05"),
+    ] = None,
+    error_propagation: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--error-propagation",
+            help="0 to 1: how far a layer repairs what those before it lost.",
+            show_default="0.5",
+        ),
+    ] = None,
+    clip: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--clip/--no-clip", help="Search scales for least error.", show_default="off for rtn"
+        ),
+    ] = None,
+    ignore: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--ignore", metavar="PATTERN", help="Leave linears as they are. Repeatable."),
+    ] = None,
+    override: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--override", metavar="PATTERN=bits:8", help="Another scheme for some. Repeatable."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--recipe", help="A YAML recipe; flags override it.", envvar="QTOOL_RECIPE"),
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key. Repeatable."),
+    ] = None,
+    seed: options.Seed = None,
+    max_shard_size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--max-shard-size", help="Largest weight file.", show_default="5GB"),
+    ] = None,
+    max_ram: options.MaxRam = None,
+    evaluation: Annotated[
+        str,
+        typer.Option("--eval", help="quick: measure the loss on 8 windows of 512; none."),
+    ] = "quick",
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    overwrite: options.Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Quantize a model to 2, 3, 4 or 8 bits and write it for vLLM, GPTQModel or transformers."""
+    with session(
+        "quantize", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
+    ) as terminal:
+        if evaluation not in EVALUATIONS:
+            raise UsageError(f"unknown --eval '{evaluation}'", "choose quick or none")
+        from qtool.cli.recipe_flags import build_recipe
+
+        flags = {
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "formats": output_format,
+            "datasets": dataset,
+            "windows": windows,
+            "sequence_length": seqlen,
+            "chat_template": chat_template,
+            "act_order": act_order,
+            "damp_percent": damp_percent,
+            "error_propagation": error_propagation,
+            "clip": clip,
+            "ignore": ignore,
+            "override": override,
+            "seed": seed,
+            "revision": revision,
+            "max_shard_size": max_shard_size,
+        }
+        built = build_recipe(model, recipe, flags, settings or [])
+        run = {
+            "output": output,
+            "statistics": statistics,
+            "evaluation": evaluation,
+            "device": device,
+            "offline": offline,
+            "overwrite": overwrite,
+            "max_ram": max_ram,
+        }
+        _plan_and_run(terminal, built, dry_run=dry_run, **run)
+
+
+def _plan_and_run(
+    terminal: Terminal,
+    recipe: Recipe,
+    *,
+    output: Path | None,
+    statistics: Path | None,
+    evaluation: str,
+    device: str,
+    offline: bool,
+    overwrite: bool,
+    max_ram: str | None,
+    dry_run: bool,
+) -> None:
+    from qtool import device as devices
+    from qtool.checkpoint.locate import locate
+    from qtool.checkpoint.output import check_output
+    from qtool.cli.recipe_flags import destinations
+    from qtool.model.streaming import DEFAULT_BATCH_BYTES
+    from qtool.pipeline.plan import make_plan
+    from qtool.pipeline.quantize import RunSettings, run_plan
+    from qtool.recipe.sizes import parse_size
+
+    checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
+    pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
+    plan = make_plan(checkpoint, recipe.model_copy(update={"model": pinned}))
+    paths = destinations(recipe, checkpoint, output)
+    settings = RunSettings(
+        device=devices.resolve(device),
+        overwrite=overwrite,
+        batch_bytes=DEFAULT_BATCH_BYTES if max_ram is None else parse_size(max_ram),
+    )
+    for path in paths:
+        check_output(path, overwrite=overwrite, sources=[checkpoint.path])
+    from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
+
+    if dry_run:
+        terminal.result(plan_result(plan, paths), plan_table(plan, paths))
+        return
+    progress = terminal.progress()
+    terminal.note(
+        f"{checkpoint.name}: {plan.method.name}, {plan.linears[0].grid.name}, "
+        f"{len(plan.linears)} linears, {plan.bits_per_weight:.2f} bits per weight, "
+        f"on {devices.describe(settings.device)}"
+    )
+    data = _calibration(plan, statistics, progress)
+    measure = None if evaluation == "none" else _quick_evaluation(checkpoint, settings, progress)
+    result = run_plan(plan, paths, settings, progress, measure=measure, **data)
+    terminal.result(run_result(result, progress.warnings), run_table(result))
+
+
+def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str, Any]:
+    """Return the windows or statistics that a plan needs, as arguments of `run_plan`."""
+    from qtool.cli.calibration_data import calibration_windows
+    from qtool.pipeline.calibrate import statistics_for
+
+    if statistics is not None:
+        if plan.rounding.needs:
+            raise UsageError(
+                f"{plan.method.name} needs a Hessian, which a statistics file does not hold",
+                "use --method awq with --statistics, or give a --dataset",
+            )
+        return {"statistics": statistics_for(statistics, plan.checkpoint)[0]}
+    if not plan.calibrated:
+        return {}
+    return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}
+
+
+def _quick_evaluation(checkpoint: Any, settings: Any, progress: Any) -> Any:
+    """Return a function that measures finished directories against the original."""
+    from qtool.calibration.datasets import parse_dataset
+    from qtool.calibration.tokens import evaluation_windows
+    from qtool.checkpoint.locate import locate
+    from qtool.cli.calibration_data import load_tokenizer
+    from qtool.pipeline.evaluate import QUICK_LENGTH, QUICK_WINDOWS, evaluate, metrics_of
+
+    windows = evaluation_windows(
+        load_tokenizer(checkpoint),
+        parse_dataset("builtin"),
+        length=QUICK_LENGTH,
+        limit=QUICK_WINDOWS,
+    )
+
+    def measure(directories: list[Path]) -> list[dict[str, Any]]:
+        models = [locate(str(path)) for path in directories]
+        found = evaluate(models, checkpoint, windows, settings.device, progress)
+        return [metrics_of(result) for result in found]
+
+    return measure

@@ -1,0 +1,112 @@
+"""Build the recipe of a run: flags over `QTOOL_*` variables over the recipe file over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.calibration.datasets import to_recipe
+from qtool.checkpoint.locate import Checkpoint
+from qtool.cli.calibration_data import dataset_specs
+from qtool.errors import UnsupportedError, UsageError
+from qtool.recipe.load import apply_overrides, parse_recipe, read_mapping
+from qtool.recipe.rules import parse_ignore, parse_override
+from qtool.recipe.schema import Recipe, resolved
+
+# Flag -> key of the recipe's `quantize` section.
+QUANTIZE_KEYS = {
+    "method": "method",
+    "bits": "bits",
+    "group_size": "group_size",
+    "symmetric": "symmetric",
+    "clip": "clip",
+    "act_order": "act_order",
+    "damp_percent": "damp_percent",
+    "error_propagation": "error_propagation",
+}
+CALIBRATION_KEYS = {
+    "windows": "windows",
+    "sequence_length": "sequence_length",
+    "chat_template": "chat_template",
+}
+
+
+def build_recipe(
+    model: str | None, file: Path | None, flags: Mapping[str, Any], settings: list[str]
+) -> Recipe:
+    """Return the resolved recipe of a run.
+
+    Args:
+        model: the MODEL argument; None takes the recipe's.
+        file: --recipe.
+        flags: flag -> value; None where the flag was not given.
+        settings: of --set.
+
+    Raises:
+        UsageError: no model, or something that does not fit the schema.
+        UnsupportedError: the recipe asks for what this version does not do.
+    """
+    data: dict[str, Any] = {"version": 1} if file is None else read_mapping(file)
+    if model is not None:
+        section = data.get("model")
+        data["model"] = {**section, "id": model} if isinstance(section, dict) else {"id": model}
+        if flags.get("revision") is None and isinstance(section, dict) and file is not None:
+            # The recipe's revision belongs to the recipe's model.
+            data["model"] = {"id": model} if section.get("id") != model else data["model"]
+    elif "model" not in data:
+        raise UsageError("no model given", "qtool quantize MODEL, or a recipe with model: {id: }")
+    _apply_flags(data, flags)
+    data = apply_overrides(data, settings)
+    recipe = parse_recipe(data, str(file) if file is not None else "command line")
+    if recipe.gates:
+        raise UnsupportedError(
+            "this version of qtool does not carry out gates", "remove gates: from the recipe"
+        )
+    return resolved(recipe)
+
+
+def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    for section, keys in (("quantize", QUANTIZE_KEYS), ("calibration", CALIBRATION_KEYS)):
+        given = {key: flags[flag] for flag, key in keys.items() if flags.get(flag) is not None}
+        if given:
+            data[section] = {**(data.get(section) or {}), **given}
+    if flags.get("datasets"):
+        entries = [to_recipe(spec) for spec in dataset_specs(flags["datasets"])]
+        data["calibration"] = {**(data.get("calibration") or {}), "datasets": entries}
+    if flags.get("formats"):
+        data["export"] = [{"format": name} for name in flags["formats"]]
+    if flags.get("seed") is not None:
+        data["seed"] = flags["seed"]
+    if flags.get("revision") is not None:
+        data["model"]["revision"] = flags["revision"]
+    if flags.get("max_shard_size") is not None:
+        data["max_shard_size"] = flags["max_shard_size"]
+    rules = [parse_ignore(pattern) for pattern in flags.get("ignore") or []]
+    rules += [parse_override(text) for text in flags.get("override") or []]
+    if rules:
+        # Flags come before the recipe's own rules: the first match wins.
+        written = [rule.model_dump(exclude_none=True, exclude_defaults=True) for rule in rules]
+        data["rules"] = [*written, *(data.get("rules") or [])]
+
+
+def destinations(recipe: Recipe, checkpoint: Checkpoint, output: Path | None) -> list[Path]:
+    """Return the directory of each output: -o, the recipe's, or ./<name>-<tag>.
+
+    Several formats get a directory each below one that is given.
+    """
+    given = output if output is not None else Path(recipe.output) if recipe.output else None
+    if given is not None and len(recipe.export) == 1:
+        return [given]
+    if given is not None:
+        return [given / entry.format for entry in recipe.export]
+    return [Path(f"{checkpoint.name}-{tag(recipe, entry.format)}") for entry in recipe.export]
+
+
+def tag(recipe: Recipe, output_format: str) -> str:
+    """Return a short name of a scheme, such as `gptq-w4g128` or `rtn-w8-compressed-tensors`."""
+    quantize = recipe.quantize
+    method = str(quantize.method).replace("+", "-")
+    spread = {-1: "", 0: "-tensor"}.get(quantize.group_size, f"g{quantize.group_size}")
+    suffix = "" if output_format == method else f"-{output_format}"
+    return f"{method}-w{quantize.bits}{spread}{suffix}"

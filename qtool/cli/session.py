@@ -1,0 +1,89 @@
+"""What every command does around its work: errors in two lines or as JSON, and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from qtool.console import Terminal
+from qtool.errors import QtoolError
+
+ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
+
+
+@contextmanager
+def session(
+    command: str,
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+    no_progress: bool = False,
+) -> Iterator[Terminal]:
+    """Yield the terminal of one command, and turn what escapes into the contract's exit codes."""
+    _quieten_libraries()
+    terminal = Terminal(
+        as_json=as_json, quiet=quiet, verbose=verbose, show_progress=not no_progress
+    )
+    try:
+        yield terminal
+    except QtoolError as error:
+        _fail(terminal, command, error)
+    except MemoryError as error:
+        _fail(terminal, command, _out_of_memory(error))
+    except (KeyboardInterrupt, BrokenPipeError, typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail(terminal, command, _out_of_memory(error))
+        if verbose:
+            terminal.err.print(traceback.format_exc(), markup=False)
+        _fail(terminal, command, QtoolError(f"{type(error).__name__}: {error}", ISSUES))
+
+
+def _out_of_memory(error: BaseException) -> QtoolError:
+    from qtool.errors import CapacityError
+
+    del error
+    return CapacityError(
+        "out of memory", "use fewer or shorter windows, or a smaller --max-ram budget"
+    )
+
+
+def _fail(terminal: Terminal, command: str, error: QtoolError) -> None:
+    if terminal.as_json:
+        terminal.result(error_object(command, error), "")
+    terminal.error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def error_object(command: str, error: QtoolError) -> dict[str, Any]:
+    """Return the JSON object of a failed command."""
+    return {
+        "schema": f"qtool.{command}/1",
+        "ok": False,
+        "exit_code": error.exit_code,
+        "error": {
+            "code": error.code,
+            "message": error.message,
+            "hint": error.hint,
+            "resumable": error.resumable,
+        },
+    }
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' bars and advice off the terminal; ours say what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
