@@ -1,0 +1,80 @@
+# Everything sets itself up: each target makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+INTEROP := .venv-interop
+DEMO := demo
+RUN := $(VENV)/bin
+# More threads than cores make small operations slow; pytest-xdist runs one process per core.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quick test-gpu interop check lint types format docs bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## make the environment in .venv
+
+# torch first and by its pinned version: any later requirement is then already met.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install -q --upgrade pip
+	$(RUN)/pip install -q -c constraints.txt torch
+	$(RUN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+demo: install ## quantize a real small model with AWQ and show what it cost
+	mkdir -p $(DEMO)
+	$(RUN)/python bench/make_model.py $(DEMO)/SmolLM2-135M-Instruct
+	$(RUN)/qtool inspect $(DEMO)/SmolLM2-135M-Instruct
+	$(RUN)/qtool quantize $(DEMO)/SmolLM2-135M-Instruct --method awq --bits 4 --group-size 64 \
+		--windows 32 --seqlen 512 --eval none --overwrite --output $(DEMO)/SmolLM2-135M-awq-w4g64
+	$(RUN)/qtool eval $(DEMO)/SmolLM2-135M-awq-w4g64 --ref $(DEMO)/SmolLM2-135M-Instruct \
+		--ctx 512 --windows 16
+
+test: install ## run every test: offline, on the CPU
+	$(TEST_ENV) $(RUN)/pytest -n $(WORKERS) --dist worksteal
+
+quick: install ## run the tests that take less than a few seconds each
+	$(TEST_ENV) $(RUN)/pytest -n $(WORKERS) -m 'not slow'
+
+test-gpu: install ## run the tests on CUDA; skipped with a reason where there is none
+	$(RUN)/pytest --device cuda
+
+interop: install $(INTEROP)/.installed ## load our files in GPTQModel, in an environment of its own
+	$(TEST_ENV) QTOOL_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python \
+		$(RUN)/pytest tests/interop
+
+$(INTEROP)/.installed: tests/interop/constraints-gptqmodel.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -q --upgrade pip
+	$(INTEROP)/bin/pip install -q -c constraints.txt torch
+	$(INTEROP)/bin/pip install -q --no-deps -r $<
+	touch $@
+
+check: lint types docs-current ## everything a change must pass besides the tests
+
+lint: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: install
+	$(RUN)/mypy
+
+format: install ## format the code
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+docs: install ## write the generated reference pages
+	$(RUN)/python docs/generate.py
+
+.PHONY: docs-current
+docs-current: install
+	$(RUN)/python docs/generate.py --check
+
+bench: install ## measure quality and speed side by side with peers; see bench/README.md
+	$(RUN)/python bench/compare.py
+
+clean: ## remove environments and demo output
+	rm -rf $(VENV) $(INTEROP) $(DEMO)
