@@ -81,9 +81,7 @@ def _bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = previous
 
 
-def add_products(
-    gram: Tensor, cross: Tensor | None, inputs: Tensor, twin: Tensor | None
-) -> None:
+def add_products(gram: Tensor, cross: Tensor | None, inputs: Tensor, twin: Tensor | None) -> None:
     """Add x^T x to `gram` and x^T y to `cross`, for x `inputs` and y `twin`.
 
     For bfloat16 inputs every product is exact and sums are float32: faster, with nothing lost.

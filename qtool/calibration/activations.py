@@ -1,4 +1,4 @@
-"""Hidden states between blocks: kept on the device while they fit, then in host memory, then on disk."""
+"""Hidden states between blocks: on the device while they fit, then in host memory, then on disk."""
 
 from __future__ import annotations
 

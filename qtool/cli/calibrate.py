@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from qtool.cli import options
 from qtool.cli.session import session
 from qtool.errors import UsageError
@@ -74,7 +73,9 @@ def calibrate(
                 "tokens": int(data.ids.numel()),
                 "sha256": data.sha256,
             },
-            "artifacts": [{"format": "imatrix", "path": str(output), "tensors": len(found.moments)}],
+            "artifacts": [
+                {"format": "imatrix", "path": str(output), "tensors": len(found.moments)}
+            ],
             "warnings": [{"code": c, "message": m} for c, m in progress.warnings],
             "error": None,
         }
@@ -84,5 +85,3 @@ def calibrate(
         )
         lines = "\n".join(printable(line) for line in shown.split("\n"))
         terminal.result(result, Text(lines, no_wrap=True, overflow="ignore"))
-
-

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Directories: float, gptq, awq, compressed-tensors."),
+        typer.Argument(
+            metavar="MODEL...", help="Directories: float, gptq, awq, compressed-tensors."
+        ),
     ],
     reference: Annotated[
         Optional[str],  # noqa: UP045
@@ -68,17 +70,19 @@ def evaluate(
         )
 
 
-def _result(
-    results: list[Evaluated], windows: Any, data: str, context: int
-) -> dict[str, Any]:
+def _result(results: list[Evaluated], windows: Any, data: str, context: int) -> dict[str, Any]:
     from qtool.pipeline.evaluate import metrics_of
 
     return {
         "schema": "qtool.eval/1",
         "ok": True,
         "exit_code": 0,
-        "data": {"name": data, "context": context, "windows": len(windows.ids),
-                 "sha256": windows.sha256},
+        "data": {
+            "name": data,
+            "context": context,
+            "windows": len(windows.ids),
+            "sha256": windows.sha256,
+        },
         "results": [
             {
                 "model": r.checkpoint.source,
@@ -134,7 +138,9 @@ def _table(
     if original is not None:
         notes += f"; original's perplexity {original.reference_perplexity.value:.3f}"
     first = printable(results[0].checkpoint.source)
-    ending = f"next: qtool eval {first} --ref ORIGINAL" if not compared else (
-        f"next: qtool inspect {first}"
+    ending = (
+        f"next: qtool eval {first} --ref ORIGINAL"
+        if not compared
+        else (f"next: qtool inspect {first}")
     )
     return Group(table, Text(), Text(printable(notes)), Text(), Text(ending))

@@ -161,16 +161,18 @@ def quantize(
             "max_shard_size": max_shard_size,
         }
         built = build_recipe(model, recipe, flags, settings or [])
-        run = {
-            "output": output,
-            "statistics": statistics,
-            "evaluation": evaluation,
-            "device": device,
-            "offline": offline,
-            "overwrite": overwrite,
-            "max_ram": max_ram,
-        }
-        _plan_and_run(terminal, built, dry_run=dry_run, **run)
+        _plan_and_run(
+            terminal,
+            built,
+            dry_run=dry_run,
+            output=output,
+            statistics=statistics,
+            evaluation=evaluation,
+            device=device,
+            offline=offline,
+            overwrite=overwrite,
+            max_ram=max_ram,
+        )
 
 
 def _plan_and_run(

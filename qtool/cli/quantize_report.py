@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def run_result(result: QuantizeResult, warnings: list[tuple[str, str]]) -> dict[
 
 
 def run_table(result: QuantizeResult) -> RenderableType:
-    """Return what a finished run shows a person: sizes, loss, the worst layers, the next command."""
+    """Return what a finished run shows a person: sizes, loss, worst layers, the next command."""
     plan = result.plan
     facts = []
     before = plan.checkpoint.total_bytes
@@ -138,11 +139,17 @@ def run_table(result: QuantizeResult) -> RenderableType:
     gpu = f", {vram} on the GPU" if result.peak_vram_bytes else ""
     facts.append(("took", f"{result.seconds:.0f} s, peak memory {ram}{gpu}"))
     command = f"next: qtool eval {result.paths[0]} --ref {plan.checkpoint.source}"
-    shown = [_facts(facts), Text(), _worst(result), Text(), Text(printable(command))]
+    shown: list[RenderableType] = [
+        _facts(facts),
+        Text(),
+        _worst(result),
+        Text(),
+        Text(printable(command)),
+    ]
     return Group(*shown)
 
 
-def _metric_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _metric_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ppl, kld, top1 = metrics["ppl"], metrics["kld"], metrics["top1"]
     return [
         ("perplexity", f"{ppl['value']:.3f}, was {ppl['reference']:.3f} ({ppl['ratio']:.4f} x)"),

@@ -40,7 +40,7 @@ def session(
         _fail(terminal, command, _out_of_memory(error))
     except (KeyboardInterrupt, BrokenPipeError, typer.Exit, typer.Abort):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the one place where bugs become exit code 1
         if type(error).__name__ == "OutOfMemoryError":
             _fail(terminal, command, _out_of_memory(error))
         if verbose:

@@ -25,13 +25,11 @@ class Comparison:
 
 
 def kl_divergence(reference: Tensor, model: Tensor) -> Tensor:
-    """Return KL(reference || model) [length] in nats, from log probabilities [length, vocabulary]."""
+    """Return KL(reference || model) [length] in nats from log probabilities [length, tokens]."""
     return (reference.exp() * (reference - model)).sum(dim=-1).clamp(min=0)
 
 
-def compare(
-    model: Iterable[Tensor], reference: Iterable[Tensor], windows: Tensor
-) -> Comparison:
+def compare(model: Iterable[Tensor], reference: Iterable[Tensor], windows: Tensor) -> Comparison:
     """Compare logits window by window; never holds more than one window of each.
 
     Args:

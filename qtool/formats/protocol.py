@@ -1,4 +1,4 @@
-"""What every on-disk dialect offers: which grids it holds, how they are packed, what config.json says.
+"""What every on-disk dialect offers: grids it holds, how they are packed, what config.json says.
 
 A format is pure: `pack` and `unpack` are exact inverses on tensors, and `layout` knows every
 dtype and shape before a weight is read, so that the plan can place each byte.

@@ -167,9 +167,7 @@ class IntegerGrid:
             zero = torch.where(better, offset, zero)
         return scale, zero
 
-    def _error(
-        self, groups: Tensor, scale: Tensor, zero: Tensor, weights: Tensor | None
-    ) -> Tensor:
+    def _error(self, groups: Tensor, scale: Tensor, zero: Tensor, weights: Tensor | None) -> Tensor:
         scale, zero = scale[..., None], zero[..., None]
         rounded = (groups / scale).add_(zero).round_().clamp_(0, self.max_code)
         squared = rounded.sub_(zero).mul_(scale).sub_(groups).square_()
@@ -209,9 +207,7 @@ class IntegerGrid:
 
     def scale_rows(self, parameters: IntegerParameters, factor: Tensor) -> IntegerParameters:
         """Multiply the decoded rows by factor [R]; exact but for the scales' own rounding."""
-        return IntegerParameters(
-            self.storable(parameters.scale * factor[:, None]), parameters.zero
-        )
+        return IntegerParameters(self.storable(parameters.scale * factor[:, None]), parameters.zero)
 
 
 class IntegerColumns:

@@ -15,6 +15,7 @@ from qtool.errors import UsageError
 from qtool.grids.protocol import Grid, QuantizedTensor
 from qtool.registry import Registry
 
+
 @dataclass(frozen=True)
 class RoundingOptions:
     """Settings of the roundings; each reads what concerns it.

@@ -1,4 +1,4 @@
-"""A model without its weights: parameters on meta, buffers real, one module materialised at a time."""
+"""A model without its weights: parameters on meta, buffers real, one module filled at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -46,10 +46,8 @@ class Skeleton:
     Args:
         config: config.json as a mapping; a `quantization_config` in it is ignored.
         family: its family.
-        directory: where config.json lies (transformers reads the class's own defaults).
         dtype: in which modules are materialised.
         device: where modules are materialised and buffers live.
-        trust_remote_code: whether code shipped with the model may run.
     """
 
     def __init__(
@@ -60,20 +58,23 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         fields = {k: v for k, v in config.items() if k != "quantization_config"}
         model_type = fields.pop("model_type")
-        self.config = AutoConfig.for_model(model_type, **fields)
         self.family = family
         self.dtype = dtype
         self.device = device
+        faults = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
         try:
+            self.config = AutoConfig.for_model(model_type, **fields)
             with _parameters_on_meta():
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (*faults, StrictDataclassError) as error:
+            said = " ".join(str(error).split())
             raise DamagedError(
-                f"config.json does not describe a {family.name} model: {error}",
+                f"config.json does not describe a {family.name} model: {said}",
                 "compare it with the original model's config.json",
             ) from error
         self.model.eval()

@@ -141,11 +141,13 @@ def observe(
                 sums[tap.name] = MomentSums(seen.shape[1], seen.device, hessian=full)
             sums[tap.name].add(seen)
         if keep_inputs:
-            inputs[tap.name] = seen
+            # A tap that reads the residual stream itself (OLMo 2) sees memory that `put` reuses.
+            inputs[tap.name] = seen.clone() if seen.data_ptr() == entering.data_ptr() else seen
 
     for batch in range(len(stream)):
         call = stream.call(batch, index)
-        output = run_watched(block, taps, hidden.get(batch), call, watch)
+        entering = hidden.get(batch)
+        output = run_watched(block, taps, entering, call, watch)
         if move_on and output is not None:
             hidden.put(batch, output)
     return {name: total.result() for name, total in sums.items()}, inputs

@@ -1,4 +1,4 @@
-"""Everything in an output directory besides weights: config, tokenizer, recipe, report, card, sums."""
+"""All files of an output besides weights: config, tokenizer, recipe, report, card, sums."""
 
 from __future__ import annotations
 

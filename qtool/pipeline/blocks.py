@@ -16,10 +16,10 @@ from qtool.checkpoint.reader import check_finite
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.family import Tap
 from qtool.model.skeleton import Skeleton, WeightSource
+from qtool.model.streaming import Stream, advance, observe, visit_in_one_pass, visit_in_stages
 from qtool.pipeline.plan import Plan, PlannedLinear
 from qtool.pipeline.progress import LayerReport
 from qtool.pipeline.rounding import round_tap
-from qtool.model.streaming import Stream, advance, observe, visit_in_one_pass, visit_in_stages
 from qtool.pipeline.transform import Transformed, transform_block
 
 

@@ -25,9 +25,9 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.family import Family, family_of
 from qtool.model.skeleton import Skeleton
+from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream, observe
 from qtool.pipeline.plan import STORED_DTYPES
 from qtool.pipeline.progress import Progress
-from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream, observe
 
 
 @torch.no_grad()

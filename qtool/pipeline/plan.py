@@ -188,9 +188,7 @@ def _schemes(
         grid.check_row(found.shape[1])
         for output in formats:
             output.check(QuantizedModule(name, grid, found.shape))
-        linears.append(
-            PlannedLinear(name, found.path, found.block, found.tap, found.shape, grid)
-        )
+        linears.append(PlannedLinear(name, found.path, found.block, found.tap, found.shape, grid))
     if not linears:
         raise UsageError("the rules keep every linear: nothing is left to quantize", "keep fewer")
     _check_fused(modules, linears)
@@ -218,9 +216,7 @@ def _grid(section: Quantize, formats: list[Format], dtype: torch.dtype) -> Integ
     )
 
 
-def _check_fused(
-    modules: Mapping[str, _Found], linears: list[PlannedLinear]
-) -> None:
+def _check_fused(modules: Mapping[str, _Found], linears: list[PlannedLinear]) -> None:
     """Engines load q, k, v (and gate, up) as one matrix: they must be quantized alike."""
     grids = {x.name: x.grid for x in linears}
     groups: dict[tuple[int, str], list[str]] = {}

@@ -21,6 +21,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.skeleton import Skeleton
+from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream
 from qtool.pipeline.artifact import write_model_files, write_records
 from qtool.pipeline.blocks import (
     BlockQuantizer,
@@ -30,7 +31,6 @@ from qtool.pipeline.blocks import (
 )
 from qtool.pipeline.plan import Plan, PlannedOutput
 from qtool.pipeline.progress import LayerReport, Progress
-from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream
 from qtool.pipeline.verify import verify
 
 

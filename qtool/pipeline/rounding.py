@@ -68,9 +68,7 @@ def round_tap(
         raise NumericalError(f"{linears[0].name}: {error.message}", error.hint) from error
     check_finite(f"{linears[0].name} (scales)", rounded.tensor.dequantize())
     seconds = (time.perf_counter() - started) / len(linears)
-    tensors = dict(
-        zip([x.name for x in linears], rounded.tensor.split_rows(sizes), strict=True)
-    )
+    tensors = dict(zip([x.name for x in linears], rounded.tensor.split_rows(sizes), strict=True))
     plain = None
     if plan.rounding.name != "rtn" or target is not weight:
         plain = [_to_nearest(part, grid.plain()) for part in parts]

@@ -14,7 +14,6 @@ from qtool.formats.reading import DenseSource
 from qtool.pipeline.plan import Plan, PlannedOutput
 
 
-
 def verify(plan: Plan, output: PlannedOutput, directory: Path) -> None:
     """Open an output as a model and unpack every linear the way an engine would.
 

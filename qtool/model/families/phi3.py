@@ -13,9 +13,7 @@ FAMILY = Family(
     ),
     pairs=(
         ScalePair("attn_in", "input_layernorm", "norm"),
-        ScalePair(
-            "attn_out", "self_attn.qkv_proj", "linear", part="value", through_heads=True
-        ),
+        ScalePair("attn_out", "self_attn.qkv_proj", "linear", part="value", through_heads=True),
         ScalePair("mlp_in", "post_attention_layernorm", "norm"),
         ScalePair("mlp_out", "mlp.gate_up_proj", "linear", part="up"),
     ),
