@@ -172,7 +172,9 @@ def table(runs: list[Run]) -> str:
     ]
     for group in dict.fromkeys(run.group for run in runs):
         members = sorted((r for r in runs if r.group == group), key=lambda r: r.kld)
-        ours = next((r for r in members if r.name.startswith("qtool") and "rtn" not in r.name), None)
+        ours = next(
+            (r for r in members if r.name.startswith("qtool") and "rtn" not in r.name), None
+        )
         for r in members:
             ratios = "| | |"
             if ours is not None and r is not ours:

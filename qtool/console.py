@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,13 +15,17 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from qtool.checkpoint.untrusted import printable
-from qtool.errors import QtoolError
+from qtool.errors import CapacityError, QtoolError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
     from qtool.pipeline.progress import LayerReport
+
+
+WIDTH_OFF_TERMINAL = 140
+BAR_WIDTH = 12
 
 
 class Terminal:
@@ -43,16 +50,22 @@ class Terminal:
         self.verbose = verbose
         self.quiet = quiet
         self.show_progress = show_progress and not quiet
-        self.out = Console(highlight=False)
-        self.err = Console(stderr=True, highlight=False)
+        self.err = _Messages(stderr=True, highlight=False)
+        self._progress: TerminalProgress | None = None
 
     def result(self, value: Mapping[str, Any], shown: RenderableType) -> None:
-        """Print a command's result: the JSON object, or what a person reads."""
+        """Print a command's result: the JSON object, or what a person reads.
+
+        Raises:
+            CapacityError: stdout is a file on a full disk.
+        """
         if self.as_json:
             # Escaped to ASCII: names come from files, and a terminal must not obey them.
-            sys.stdout.write(json.dumps(value, ensure_ascii=True, default=str) + "\n")
+            plain = _without_nan(value)
+            text = json.dumps(plain, ensure_ascii=True, allow_nan=False, default=str) + "\n"
         else:
-            self.out.print(shown)
+            text = _rendered(shown)
+        _write_out(text)
 
     def note(self, message: str) -> None:
         """Print a line on stderr, unless quiet."""
@@ -71,7 +84,74 @@ class Terminal:
 
     def progress(self) -> TerminalProgress:
         """Return progress that draws on stderr."""
-        return TerminalProgress(self)
+        self._progress = TerminalProgress(self)
+        return self._progress
+
+    def close(self) -> None:
+        """Take a progress display that is still drawn off the terminal."""
+        if self._progress is not None:
+            self._progress.clear()
+
+
+class _Messages(Console):
+    """Stderr: when its reader has gone the work goes on, and nobody is told."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def _rendered(shown: RenderableType) -> str:
+    """Return what a person reads, for the terminal that stdout is, or for none."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    # Off a terminal nothing has to fit: tables keep their lines whole.
+    width = None if on_terminal else WIDTH_OFF_TERMINAL
+    page = io.StringIO()
+    Console(file=page, force_terminal=on_terminal, highlight=False, width=width).print(shown)
+    if on_terminal:
+        return page.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
+
+
+def _write_out(text: str) -> None:
+    """Write to stdout and have it arrive, so that a failure is seen while it can be told."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough: that is no failure of ours
+        discard_stdout()
+    except OSError as error:
+        discard_stdout()
+        raise CapacityError(
+            f"cannot write the result to stdout: {error.strerror}",
+            "free some space, or send stdout elsewhere; the work itself is done",
+        ) from error
+
+
+def finish_stdout() -> None:
+    """Have what was printed arrive, help texts included; whoever read it may be gone."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Send what is still buffered for stdout nowhere, so that closing it cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value with numbers that JSON does not have (no estimate) as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
 
 
 def printable_line(text: str) -> str:
@@ -96,19 +176,20 @@ class TerminalProgress:
         self._done = 0
         self._title = ""
         self._started = 0.0
+        self._width = 0  # of a drawn line without the linear at its end
         self._block: list[LayerReport] = []
+        self._told = False  # whether this phase printed lines of its own
         self.warnings: list[tuple[str, str]] = []
 
     def start(self, title: str, total: int) -> None:
         """Begin a phase of `total` steps."""
         self._title, self._total, self._done = title, total, 0
         self._started = time.monotonic()
-        self._block = []
+        self._block, self._told = [], False
         if not self._shown or not self._terminal.err.is_terminal:
             return
         from rich.progress import (
             BarColumn,
-            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeElapsedColumn,
@@ -116,30 +197,37 @@ class TerminalProgress:
         )
 
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=BAR_WIDTH),
+            TextColumn("block {task.fields[block]} of {task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self._terminal.err,
             transient=True,
         )
         self._bars.start()
-        self._task = self._bars.add_task(title, total=total, detail="")
+        self._width = len(
+            f"{title} {BAR_WIDTH * ' '} block {total} of {total} 0:00:00 left 0:00:00 "
+        )
+        self._task = self._bars.add_task(title, total=total, block=1, detail="")
 
     def layer(self, report: LayerReport) -> None:
         """Note one finished linear."""
         self._block.append(report)
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, detail=printable(_layer_line(report)))
+            # What does not fit is cut off here: rich would take the room from the times.
+            room = max(self._terminal.err.width - self._width, 0)
+            self._bars.update(self._task, detail=printable(_layer_line(report))[:room])
 
     def advance(self, detail: str) -> None:
         """Finish one step; off a terminal, print a line for it."""
         self._done += 1
+        self._told = self._told or bool(detail)
         if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task)
+            block = min(self._done + 1, self._total)
+            self._bars.update(self._task, advance=1, block=block)
         elif self._shown and detail:
             self._terminal.err.print(Text(self._line(detail)), soft_wrap=True)
         self._block = []
@@ -163,6 +251,14 @@ class TerminalProgress:
 
     def finish(self) -> None:
         """End the phase."""
+        if self._bars is None and self._shown and not self._told:
+            elapsed = time.monotonic() - self._started
+            line = printable_line(f"{self._title}: {self._done} blocks, {elapsed:.0f} s")
+            self._terminal.err.print(Text(line), soft_wrap=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Stop drawing, whatever came of the phase."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -171,4 +267,4 @@ class TerminalProgress:
 def _layer_line(report: LayerReport) -> str:
     name = report.name.split(".", 2)[-1]
     ratio = "" if report.against_rtn is None else f", {report.against_rtn:.2f} x rtn"
-    return f"{name} {report.relative_error:.4f}{ratio}"
+    return f"{name}: error {report.relative_error:.4f}{ratio}"

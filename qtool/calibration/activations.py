@@ -28,6 +28,7 @@ class HiddenStates:
         self._device_left = device_bytes
         self._spill = spill
         self._batches: list[Tensor] = []
+        self._on_disk: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -38,14 +39,15 @@ class HiddenStates:
         if self._device.type == "cpu" or size > self._device_left:
             batch = batch.to("cpu")
             if size > self._memory_left:
-                self._batches.append(self._on_disk(batch))
+                self._on_disk.add(len(self))
+                self._batches.append(self._mapped(batch))
                 return
             self._memory_left -= size
         else:
             self._device_left -= size
         self._batches.append(batch)
 
-    def _on_disk(self, batch: Tensor) -> Tensor:
+    def _mapped(self, batch: Tensor) -> Tensor:
         with tempfile.NamedTemporaryFile(dir=self._spill, delete=False) as file:
             name = file.name
         mapped = torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype)
@@ -54,16 +56,16 @@ class HiddenStates:
         return mapped.reshape(batch.shape)
 
     def get(self, index: int) -> Tensor:
-        """Return batch `index` on the device."""
-        return self._batches[index].to(self._device)
+        """Return batch `index` on the device; a later `put` does not change what was returned."""
+        return self._batches[index].to(self._device, copy=index in self._on_disk)
 
     def put(self, index: int, batch: Tensor) -> None:
         """Replace batch `index` by one of the same shape, in the same place."""
         place = self._batches[index]
-        if place.device.type == self._device.type and place.device.type != "cpu":
-            self._batches[index] = batch
-        else:
+        if index in self._on_disk:
             place.copy_(batch)
+        else:
+            self._batches[index] = batch.to(place.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.get(index) for index in range(len(self)))

@@ -67,7 +67,7 @@ class MomentSums:
                 self._absolute += part.abs().sum(dim=0, dtype=torch.float32)
         if self._hessian is None:
             for part in inputs.split(ROWS_AT_ONCE):
-                self._squares += part.to(torch.float32).square_().sum(dim=0)
+                self._squares += part.to(torch.float32).square().sum(dim=0)
         elif self._cross is not None and twin is None:
             raise TypeError("cross products need the float model's inputs")
         else:

@@ -7,6 +7,7 @@ tokens summed over; NAME is llama.cpp's tensor name. qtool adds `NAME.in_abs` [1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,9 @@ def read_statistics(path: Path) -> Statistics:
         reader = gguf.GGUFReader(str(path))
         tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
         fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith("imatrix.")}
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        chunks = int(fields.get("imatrix.chunk_count") or 0)
+        length = int(fields.get("imatrix.chunk_size") or 0)
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise DamagedError(f"{path} is truncated or malformed: {error}", hint) from error
     moments = {
         name.removesuffix(SUM_SQUARES): _moments(path, name.removesuffix(SUM_SQUARES), tensors)
@@ -103,23 +106,29 @@ def read_statistics(path: Path) -> Statistics:
     return Statistics(
         moments,
         tuple(_strings(fields.get("imatrix.datasets"))),
-        int(fields.get("imatrix.chunk_count", 0)),
-        int(fields.get("imatrix.chunk_size", 0)),
+        chunks,
+        length,
     )
 
 
 def _moments(path: Path, name: str, tensors: Mapping[str, Any]) -> Moments:
     squares = tensors[name + SUM_SQUARES].reshape(-1)
     counts = tensors.get(name + COUNTS)
-    if counts is None or counts.size != 1 or not counts.flat[0] > 0:
+    if counts is None or counts.size != 1 or not 1 <= counts.flat[0] < math.inf:
         raise DamagedError(f"{path}: '{name}' has no token count", "run qtool calibrate again")
     count = float(counts.flat[0])
-    if not np.isfinite(squares).all() or (squares < 0).any():
+    absolute = tensors.get(name + SUM_ABSOLUTE)
+    sums = [squares] if absolute is None else [squares, absolute]
+    if any(not np.isfinite(values).all() or (values < 0).any() for values in sums):
         raise DamagedError(
-            f"{path}: '{name}' has sums of squares that are negative or not finite",
+            f"{path}: '{name}' has sums that are negative or not finite",
             "run qtool calibrate again",
         )
-    absolute = tensors.get(name + SUM_ABSOLUTE)
+    if absolute is not None and absolute.size != squares.size:
+        raise DamagedError(
+            f"{path}: '{name}' has {squares.size} sums of squares but {absolute.size} of |x|",
+            "run qtool calibrate again",
+        )
     # llama.cpp's files have no mean |x|; the root mean square orders inputs almost alike.
     mean = np.sqrt(squares / count) if absolute is None else absolute.reshape(-1) / count
     return Moments(int(count), torch.from_numpy(mean.copy()), torch.from_numpy(squares / count))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,16 +13,43 @@ from qtool.cli import options
 from qtool.cli.calibrate import calibrate
 from qtool.cli.evaluate import evaluate
 from qtool.cli.quantize import quantize
-from qtool.cli.session import session
+from qtool.cli.session import session, show_failure
+from qtool.console import finish_stdout
 from qtool.errors import QtoolError, UsageError
 
-INTERRUPTED = 130
+# The lines at the end of every --help; tests run each of them.
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "inspect": (
+        "qtool inspect ./model",
+        "qtool inspect ./model --tensors --json",
+        "qtool inspect ./model-awq-w4g128 --diff ./model",
+    ),
+    "quantize": (
+        "qtool quantize ./model --dry-run",
+        "qtool quantize ./model --method awq --bits 4",
+        "qtool quantize ./model -m gptq -b 4 -g 64 -n 64 -l 512 -o ./small",
+        "qtool quantize ./model -m rtn -b 8 -f compressed-tensors --ignore 'layers.0.*'",
+    ),
+    "calibrate": (
+        "qtool calibrate ./model -o stats.gguf -n 32 -l 512",
+        "qtool calibrate ./model -o code.gguf -d builtin -n 8 -l 256 --seed 7",
+    ),
+    "eval": (
+        "qtool eval ./model --ctx 512 -n 8",
+        "qtool eval ./model-awq-w4g128 --ref ./model --ctx 512",
+    ),
+}
+
+
+def _epilog(command: str) -> str:
+    """Return the end of a --help, whose lines are not to be wrapped."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[command])])
+
 
 app = typer.Typer(
     name="qtool",
     help="Turn a Hugging Face language model into quantized files that people run.",
     epilog="Start with: qtool inspect MODEL",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,9 +71,7 @@ def _root(
     del version
 
 
-@app.command(
-    epilog="Examples:  qtool inspect ./model    qtool inspect ./model --tensors --json",
-)
+@app.command(epilog=_epilog("inspect"))
 def inspect(
     model: options.Model,
     tensors: bool = typer.Option(False, "--tensors", help="List every tensor."),
@@ -68,43 +91,31 @@ def inspect(
         terminal.result({**envelope, "error": None}, render_inspection(result))
 
 
-_COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
-    "quantize": (
-        quantize,
-        "Examples:  qtool quantize ./model --method awq --bits 4    "
-        "qtool quantize ./model -m gptq -b 4 -g 64 --dry-run",
-    ),
-    "calibrate": (calibrate, "Examples:  qtool calibrate ./model -o stats.gguf -n 32 -l 512"),
-    "eval": (evaluate, "Examples:  qtool eval ./model-gptq-w4g128 --ref ./model --ctx 512"),
+_COMMANDS: Mapping[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "calibrate": calibrate,
+    "eval": evaluate,
 }
-for _name, (_function, _epilog) in _COMMANDS.items():
-    app.command(_name, epilog=_epilog)(_function)
+for _name, _function in _COMMANDS.items():
+    app.command(_name, epilog=_epilog(_name))(_function)
 
 
 def run(arguments: list[str]) -> int:
     """Carry out a command line and return its exit code."""
     command: Any = typer.main.get_command(app)
+    given = [_dashed(argument) for argument in arguments] or ["--help"]
     try:
-        returned = command.main(
-            args=[_dashed(argument) for argument in arguments],
-            prog_name="qtool",
-            standalone_mode=False,
-        )
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted: nothing was written under the output's name\n")
-        return INTERRUPTED
-    except QtoolError as error:  # already shown by the session
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of stdout left; closing it again at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        returned = command.main(args=given, prog_name="qtool", standalone_mode=False)
+    except (OSError, SystemExit):  # a help text that stdout did not take
+        finish_stdout()
         return 0
     except Exception as error:
-        shown = _usage_message(error)
-        if shown is None:
+        refusal = _usage_error(error)
+        if refusal is None:
             raise
-        sys.stderr.write(shown)
+        show_failure(given[0], refusal, as_json="--json" in given)
         return UsageError.exit_code
+    finish_stdout()
     return returned if isinstance(returned, int) else 0
 
 
@@ -114,11 +125,12 @@ def _dashed(argument: str) -> str:
     return argument if match is None else match[0].replace("_", "-") + argument[match.end() :]
 
 
-def _usage_message(error: Exception) -> str | None:
-    """Return the text of the parser's own usage errors, None for anything else."""
+def _usage_error(error: Exception) -> QtoolError | None:
+    """Return the parser's own usage errors as ours, None for anything else."""
     format_message = getattr(error, "format_message", None)
     if format_message is None:
         return None
     context = getattr(error, "ctx", None)
     name = context.command_path if context is not None else "qtool"
-    return f"error: {format_message()}\n  try: {name} --help\n"
+    message = str(format_message()).rstrip(".")
+    return UsageError(message[:1].lower() + message[1:], f"{name} --help")

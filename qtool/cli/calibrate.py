@@ -41,7 +41,6 @@ def calibrate(
         from qtool.cli.calibration_data import calibration_windows
         from qtool.cli.recipe_flags import build_recipe
         from qtool.model.family import family_of
-        from qtool.model.streaming import DEFAULT_BATCH_BYTES
         from qtool.pipeline.calibrate import calibrate as run
         from qtool.pipeline.calibrate import save_statistics
         from qtool.recipe.sizes import parse_size
@@ -60,8 +59,8 @@ def calibrate(
         family = family_of(checkpoint.config)
         progress = terminal.progress()
         data = calibration_windows(checkpoint, recipe, progress)
-        budget = DEFAULT_BATCH_BYTES if max_ram is None else parse_size(max_ram)
-        found = run(checkpoint, data, devices.resolve(device), progress, batch_bytes=budget)
+        budget = None if max_ram is None else parse_size(max_ram)
+        found = run(checkpoint, data, devices.resolve(device), progress, held_bytes=budget)
         save_statistics(found, family.gguf_architecture, output, overwrite=overwrite)
         result = {
             "schema": "qtool.calibrate/1",
@@ -74,7 +73,7 @@ def calibrate(
                 "sha256": data.sha256,
             },
             "artifacts": [
-                {"format": "imatrix", "path": str(output), "tensors": len(found.moments)}
+                {"format": "imatrix", "path": str(output.absolute()), "tensors": len(found.moments)}
             ],
             "warnings": [{"code": c, "message": m} for c, m in progress.warnings],
             "error": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -12,15 +13,14 @@ from qtool.cli.session import session
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from qtool.evaluation.perplexity import Estimate
     from qtool.pipeline.evaluate import Evaluated
 
 
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Directories: float, gptq, awq, compressed-tensors."
-        ),
+        typer.Argument(metavar="MODEL", help="Directories: float, gptq, awq, compressed-tensors."),
     ],
     reference: Annotated[
         Optional[str],  # noqa: UP045
@@ -29,10 +29,10 @@ def evaluate(
     data: Annotated[
         str, typer.Option("--data", help="builtin, FILE.txt|jsonl|parquet, or hf:ID.")
     ] = "builtin",
-    context: Annotated[int, typer.Option("--ctx", help="Tokens of a window.", min=2)] = 2048,
+    context: Annotated[int, typer.Option("-l", "--ctx", help="Tokens of a window.", min=2)] = 2048,
     windows: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("-n", "--windows", help="Most windows.", show_default="16", min=1),
+        typer.Option("-n", "--windows", help="Most windows.", min=1),
     ] = 16,
     every: Annotated[bool, typer.Option("--all", help="All windows of the data.")] = False,
     dtype: Annotated[
@@ -59,7 +59,9 @@ def evaluate(
 
         target = devices.resolve(device)
         original = None if reference is None else locate(reference, revision, offline)
-        found = [locate(name, None, offline) for name in models]
+        # --revision is that of the original, or without one of the models themselves.
+        own = revision if reference is None else None
+        found = [locate(name, own, offline) for name in models]
         tokenizer = load_tokenizer(original or found[0])
         text = parse_dataset(data)
         limit = None if every else windows
@@ -116,20 +118,19 @@ def _table(
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
     for title in ("format", "size", "perplexity"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     compared = reference is not None
-    for title in ("x original", "KL divergence", "KL p99", "same top token") if compared else ():
-        table.add_column(title, justify="right")
+    for title in ("ratio", "KL divergence", "same top") if compared else ():
+        table.add_column(title, justify="right", no_wrap=True)
     for r in sorted(results, key=lambda r: r.n_bytes):
-        ppl = f"{r.perplexity.value:.3f} ± {r.perplexity.standard_error:.3f}"
+        ppl = _with_error(r.perplexity, 2)
         row = [printable(r.checkpoint.source), _format_name(r), shown_size(r.n_bytes), ppl]
         if r.comparison is not None:
             kl = r.comparison.divergence
             row += [
                 f"{r.perplexity.value / r.comparison.reference_perplexity.value:.4f}",
-                f"{kl.value:.4f} ± {kl.standard_error:.4f}",
-                f"{r.comparison.divergence_p99:.3f}",
-                f"{100 * r.comparison.top1.value:.2f} %",
+                _with_error(kl, 4),
+                f"{100 * r.comparison.top1.value:.1f} %",
             ]
         table.add_row(*row)
     tokens = results[0].perplexity.tokens
@@ -138,9 +139,16 @@ def _table(
     if original is not None:
         notes += f"; original's perplexity {original.reference_perplexity.value:.3f}"
     first = printable(results[0].checkpoint.source)
-    ending = (
-        f"next: qtool eval {first} --ref ORIGINAL"
-        if not compared
-        else (f"next: qtool inspect {first}")
-    )
-    return Group(table, Text(), Text(printable(notes)), Text(), Text(ending))
+    ending = f"next: qtool inspect {first}" if compared else f"next: qtool quantize {first}"
+    if not compared and _format_name(results[0]) != "float":
+        ending = f"next: qtool eval {first} --ref ORIGINAL"
+    # Never wrapped: it is there to be copied.
+    shown = Text(ending, no_wrap=True, overflow="ignore")
+    return Group(table, Text(), Text(printable(notes)), Text(), shown)
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    """Return a mean with its standard error, which one window alone does not give."""
+    value = f"{estimate.value:.{digits}f}"
+    error = estimate.standard_error
+    return value if math.isnan(error) else f"{value} ± {error:.{digits}f}"

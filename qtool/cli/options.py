@@ -56,7 +56,9 @@ SequenceLength = Annotated[
 ]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--seed", help="Chooses calibration windows.", show_default="42"),
+    typer.Option(
+        "--seed", help="Chooses calibration windows.", show_default="42", envvar="QTOOL_SEED"
+    ),
 ]
 ChatTemplate = Annotated[
     Optional[str],  # noqa: UP045

@@ -117,9 +117,13 @@ def quantize(
     ] = None,
     max_ram: options.MaxRam = None,
     evaluation: Annotated[
-        str,
-        typer.Option("--eval", help="quick: measure the loss on 8 windows of 512; none."),
-    ] = "quick",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--eval",
+            help="quick: measure the loss on 8 windows of 512 tokens; none.",
+            show_default="the recipe's, or quick",
+        ),
+    ] = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -136,7 +140,7 @@ def quantize(
     with session(
         "quantize", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
     ) as terminal:
-        if evaluation not in EVALUATIONS:
+        if evaluation not in {*EVALUATIONS, None}:
             raise UsageError(f"unknown --eval '{evaluation}'", "choose quick or none")
         from qtool.cli.recipe_flags import build_recipe
 
@@ -159,6 +163,7 @@ def quantize(
             "seed": seed,
             "revision": revision,
             "max_shard_size": max_shard_size,
+            "evaluation": evaluation,
         }
         built = build_recipe(model, recipe, flags, settings or [])
         _plan_and_run(
@@ -167,7 +172,6 @@ def quantize(
             dry_run=dry_run,
             output=output,
             statistics=statistics,
-            evaluation=evaluation,
             device=device,
             offline=offline,
             overwrite=overwrite,
@@ -181,7 +185,6 @@ def _plan_and_run(
     *,
     output: Path | None,
     statistics: Path | None,
-    evaluation: str,
     device: str,
     offline: bool,
     overwrite: bool,
@@ -192,7 +195,6 @@ def _plan_and_run(
     from qtool.checkpoint.locate import locate
     from qtool.checkpoint.output import check_output
     from qtool.cli.recipe_flags import destinations
-    from qtool.model.streaming import DEFAULT_BATCH_BYTES
     from qtool.pipeline.plan import make_plan
     from qtool.pipeline.quantize import RunSettings, run_plan
     from qtool.recipe.sizes import parse_size
@@ -204,7 +206,7 @@ def _plan_and_run(
     settings = RunSettings(
         device=devices.resolve(device),
         overwrite=overwrite,
-        batch_bytes=DEFAULT_BATCH_BYTES if max_ram is None else parse_size(max_ram),
+        held_bytes=None if max_ram is None else parse_size(max_ram),
     )
     for path in paths:
         check_output(path, overwrite=overwrite, sources=[checkpoint.path])
@@ -220,9 +222,9 @@ def _plan_and_run(
         f"on {devices.describe(settings.device)}"
     )
     data = _calibration(plan, statistics, progress)
-    measure = None if evaluation == "none" else _quick_evaluation(checkpoint, settings, progress)
+    measure = _measurement(checkpoint, recipe, settings, progress)
     result = run_plan(plan, paths, settings, progress, measure=measure, **data)
-    terminal.result(run_result(result, progress.warnings), run_table(result))
+    terminal.result(run_result(result, progress.warnings), run_table(result, paths))
 
 
 def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str, Any]:
@@ -242,19 +244,22 @@ def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str,
     return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}
 
 
-def _quick_evaluation(checkpoint: Any, settings: Any, progress: Any) -> Any:
-    """Return a function that measures finished directories against the original."""
+def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) -> Any:
+    """Return a function that measures finished directories against the original, if asked to."""
+    section = recipe.eval
+    if not section.metrics:
+        return None
     from qtool.calibration.datasets import parse_dataset
     from qtool.calibration.tokens import evaluation_windows
     from qtool.checkpoint.locate import locate
     from qtool.cli.calibration_data import load_tokenizer
-    from qtool.pipeline.evaluate import QUICK_LENGTH, QUICK_WINDOWS, evaluate, metrics_of
+    from qtool.pipeline.evaluate import evaluate, metrics_of
 
     windows = evaluation_windows(
         load_tokenizer(checkpoint),
-        parse_dataset("builtin"),
-        length=QUICK_LENGTH,
-        limit=QUICK_WINDOWS,
+        parse_dataset(section.data),
+        length=section.context,
+        limit=section.windows,
     )
 
     def measure(directories: list[Path]) -> list[dict[str, Any]]:

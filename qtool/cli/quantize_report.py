@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtool.checkpoint.untrusted import printable
+from qtool.console import printable_line
 from qtool.pipeline.artifact import calibration_of, environment, resources_of
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.quantize import QuantizeResult
@@ -25,7 +27,7 @@ def plan_result(plan: Plan, paths: list[Path]) -> dict[str, Any]:
         **_head(plan),
         "dry_run": True,
         "artifacts": [
-            {"format": o.format.name, "path": str(path), "bytes": o.shards.n_bytes}
+            {"format": o.format.name, "path": str(path.absolute()), "bytes": o.shards.n_bytes}
             for o, path in zip(plan.outputs, paths, strict=True)
         ],
         "tensors": [
@@ -72,7 +74,7 @@ def plan_table(plan: Plan, paths: list[Path]) -> RenderableType:
     for output, path in zip(plan.outputs, paths, strict=True):
         files = len(output.shards.shards)
         size = f"{shown_size(output.shards.n_bytes)} in {files} file{'s' if files > 1 else ''}"
-        facts.append(("writes", f"{path} ({output.format.name}, {size})"))
+        facts.append(("writes", f"{_typed(path)} ({output.format.name}, {size})"))
         facts.append(("loads in", ", ".join(output.format.loads_in)))
         facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
     return Group(_facts(facts), Text(), Text("next: the same command without --dry-run"))
@@ -121,14 +123,19 @@ def run_result(result: QuantizeResult, warnings: list[tuple[str, str]]) -> dict[
     }
 
 
-def run_table(result: QuantizeResult) -> RenderableType:
-    """Return what a finished run shows a person: sizes, loss, worst layers, the next command."""
+def run_table(result: QuantizeResult, paths: list[Path]) -> RenderableType:
+    """Return what a finished run shows a person: sizes, loss, the worst layers, the next command.
+
+    Args:
+        result: of the run.
+        paths: its outputs as the user gave them.
+    """
     plan = result.plan
     facts = []
     before = plan.checkpoint.total_bytes
-    for output, path in zip(plan.outputs, result.paths, strict=True):
+    for output, path in zip(plan.outputs, paths, strict=True):
         size = output.shards.n_bytes
-        facts.append(("wrote", f"{path}"))
+        facts.append(("wrote", _typed(path)))
         facts.append(
             ("size", f"{shown_size(size)}, was {shown_size(before)} ({before / size:.2f} x less)")
         )
@@ -137,23 +144,26 @@ def run_table(result: QuantizeResult) -> RenderableType:
         facts += _metric_facts(metrics)
     ram, vram = shown_size(result.peak_ram_bytes), shown_size(result.peak_vram_bytes)
     gpu = f", {vram} on the GPU" if result.peak_vram_bytes else ""
-    facts.append(("took", f"{result.seconds:.0f} s, peak memory {ram}{gpu}"))
-    command = f"next: qtool eval {result.paths[0]} --ref {plan.checkpoint.source}"
-    shown: list[RenderableType] = [
-        _facts(facts),
-        Text(),
-        _worst(result),
-        Text(),
-        Text(printable(command)),
-    ]
-    return Group(*shown)
+    seconds = f"{result.seconds:.{0 if result.seconds >= 10 else 1}f}"
+    facts.append(("took", f"{seconds} s, peak memory {ram}{gpu}"))
+    command = f"next: qtool eval {_typed(paths[0])} --ref {plan.checkpoint.source}"
+    # Never wrapped: it is there to be copied.
+    ending = Text(printable_line(command), no_wrap=True, overflow="ignore")
+    return Group(_facts(facts), Text(), _worst(result), Text(), ending)
+
+
+def _typed(path: Path) -> str:
+    """Return a path as one types it: what lies here starts with a dot."""
+    return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 
 
 def _metric_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ppl, kld, top1 = metrics["ppl"], metrics["kld"], metrics["top1"]
+    # One window alone gives no standard error.
+    error = "" if math.isnan(kld["se"]) else f" ± {kld['se']:.4f}"
     return [
         ("perplexity", f"{ppl['value']:.3f}, was {ppl['reference']:.3f} ({ppl['ratio']:.4f} x)"),
-        ("KL divergence", f"{kld['mean']:.4f} ± {kld['se']:.4f}, 99 % below {kld['p99']:.3f}"),
+        ("KL divergence", f"{kld['mean']:.4f}{error}, 99 % below {kld['p99']:.3f}"),
         ("same top token", f"{100 * top1['value']:.1f} % of {top1['tokens']} tokens"),
     ]
 

@@ -31,6 +31,9 @@ CALIBRATION_KEYS = {
     "chat_template": "chat_template",
 }
 
+# What `--eval quick` measures: enough to see a broken result, not to rank good ones.
+QUICK_EVALUATION = {"data": "builtin", "context": 512, "windows": 8}
+
 
 def build_recipe(
     model: str | None, file: Path | None, flags: Mapping[str, Any], settings: list[str]
@@ -56,9 +59,15 @@ def build_recipe(
             data["model"] = {"id": model} if section.get("id") != model else data["model"]
     elif "model" not in data:
         raise UsageError("no model given", "qtool quantize MODEL, or a recipe with model: {id: }")
+    if file is not None:
+        parse_recipe(data, str(file))  # what is wrong in the file is said of the file
     _apply_flags(data, flags)
     data = apply_overrides(data, settings)
-    recipe = parse_recipe(data, str(file) if file is not None else "command line")
+    recipe = parse_recipe(data, "command line")
+    if "flips" in recipe.eval.metrics:
+        raise UnsupportedError(
+            "this version of qtool does not measure flips", "remove it from eval.metrics"
+        )
     if recipe.gates:
         raise UnsupportedError(
             "this version of qtool does not carry out gates", "remove gates: from the recipe"
@@ -82,12 +91,21 @@ def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
         data["model"]["revision"] = flags["revision"]
     if flags.get("max_shard_size") is not None:
         data["max_shard_size"] = flags["max_shard_size"]
+    _apply_evaluation(data, flags.get("evaluation"))
     rules = [parse_ignore(pattern) for pattern in flags.get("ignore") or []]
     rules += [parse_override(text) for text in flags.get("override") or []]
     if rules:
         # Flags come before the recipe's own rules: the first match wins.
         written = [rule.model_dump(exclude_none=True, exclude_defaults=True) for rule in rules]
         data["rules"] = [*written, *(data.get("rules") or [])]
+
+
+def _apply_evaluation(data: dict[str, Any], wanted: str | None) -> None:
+    """Write --eval into the recipe, so that the resolved one measures the same again."""
+    if wanted == "none":
+        data["eval"] = {**(data.get("eval") or {}), "metrics": []}
+    elif wanted == "quick" or "eval" not in data:
+        data["eval"] = dict(QUICK_EVALUATION)
 
 
 def destinations(recipe: Recipe, checkpoint: Checkpoint, output: Path | None) -> list[Path]:

@@ -7,13 +7,27 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 
 from qtool.console import Terminal
 from qtool.errors import QtoolError
+
+
+class InterruptionError(QtoolError):
+    """Ctrl-C, or a request to end."""
+
+    code = "interrupted"
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__(
+            "interrupted, nothing half-written was left behind",
+            "run the same command to start again",
+        )
+
 
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 
@@ -33,12 +47,17 @@ def session(
         as_json=as_json, quiet=quiet, verbose=verbose, show_progress=not no_progress
     )
     try:
-        yield terminal
+        try:
+            yield terminal
+        finally:
+            terminal.close()  # before anything else is said
     except QtoolError as error:
         _fail(terminal, command, error)
     except MemoryError as error:
         _fail(terminal, command, _out_of_memory(error))
-    except (KeyboardInterrupt, BrokenPipeError, typer.Exit, typer.Abort):
+    except KeyboardInterrupt:
+        _fail(terminal, command, InterruptionError())
+    except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where bugs become exit code 1
         if type(error).__name__ == "OutOfMemoryError":
@@ -58,10 +77,21 @@ def _out_of_memory(error: BaseException) -> QtoolError:
 
 
 def _fail(terminal: Terminal, command: str, error: QtoolError) -> None:
-    if terminal.as_json:
-        terminal.result(error_object(command, error), "")
-    terminal.error(error)
+    _show(terminal, command, error)
     raise typer.Exit(error.exit_code)
+
+
+def _show(terminal: Terminal, command: str, error: QtoolError) -> None:
+    terminal.error(error)
+    if terminal.as_json:
+        with suppress(QtoolError):  # a full disk under stdout; stderr has the first error already
+            terminal.result(error_object(command, error), "")
+
+
+def show_failure(command: str, error: QtoolError, *, as_json: bool) -> None:
+    """Print an error that came up before a command had a session of its own."""
+    known = command if command in {"inspect", "quantize", "calibrate", "eval"} else "error"
+    _show(Terminal(as_json=as_json), known, error)
 
 
 def error_object(command: str, error: QtoolError) -> dict[str, Any]:

@@ -6,7 +6,10 @@ Two streams can run side by side: the quantized model's hidden states, and the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +19,15 @@ from qtool import device as devices
 from qtool.calibration.activations import HiddenStates
 from qtool.calibration.moments import Moments, MomentSums, Statistic
 from qtool.model.family import Tap
+from qtool.model.pausing import HeldRun, PausableBlock
 from qtool.model.skeleton import Skeleton, WeightSource
 from qtool.model.trace import BlockCall, enter, run_block, run_watched
 
-# Bytes of a batch's activations inside one block, in multiples of its widest intermediate.
-LIVE_INTERMEDIATES = 4
-LIVE_HIDDEN = 8
-DEFAULT_BATCH_BYTES = 2 * 2**30
+# Bytes of a batch's widest intermediate. On the CPU small enough for memory to be reused without
+# the kernel mapping it anew each time, on a GPU large enough to fill it.
+INTERMEDIATE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+# Part of the free memory that activations held inside a block may take.
+HELD_PART = 4
 
 
 class Stream:
@@ -33,7 +38,8 @@ class Stream:
         source: where they come from.
         windows: token ids [windows, length].
         spill: directory for hidden states that do not fit in memory.
-        batch_bytes: budget for the activations of one batch inside a block.
+        held_bytes: budget for activations held inside a block; None takes a part of what is free.
+            It decides how a block is gone through, never what comes out.
     """
 
     def __init__(
@@ -43,27 +49,32 @@ class Stream:
         windows: Tensor,
         spill: Path,
         *,
-        batch_bytes: int = DEFAULT_BATCH_BYTES,
+        held_bytes: int | None = None,
     ) -> None:
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
         self._sizes: list[int] = []
-        device = skeleton.device
-        self.hidden = HiddenStates(
-            device,
-            memory_bytes=devices.free_memory(torch.device("cpu")) // 4,
-            device_bytes=devices.free_memory(device) // 4,
-            spill=spill,
-        )
+        self._device = skeleton.device
         self._spill = spill
-        self._device = device
+        self.hidden = self._store()
         embeddings = embedding_path(skeleton)
         skeleton.load(embeddings, source)
-        for ids in windows.split(windows_per_batch(skeleton, windows, batch_bytes)):
+        for ids in windows.split(windows_per_batch(skeleton, windows)):
             entry = enter(skeleton, ids)
             self._calls.setdefault(len(ids), entry.calls)
             self._sizes.append(len(ids))
             self.hidden.append(entry.hidden)
         skeleton.drop(embeddings)
+        budget = devices.free_memory(self._device) // HELD_PART
+        needed = windows.numel() * _held_per_token(skeleton)
+        self.in_step = needed <= (budget if held_bytes is None else held_bytes)
+
+    def _store(self) -> HiddenStates:
+        return HiddenStates(
+            self._device,
+            memory_bytes=devices.free_memory(torch.device("cpu")) // 4,
+            device_bytes=devices.free_memory(self._device) // 4,
+            spill=self._spill,
+        )
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -74,12 +85,7 @@ class Stream:
 
     def copy_hidden(self) -> HiddenStates:
         """Return a second set of the same hidden states, for the twin."""
-        twin = HiddenStates(
-            self._device,
-            memory_bytes=devices.free_memory(torch.device("cpu")) // 4,
-            device_bytes=devices.free_memory(self._device) // 4,
-            spill=self._spill,
-        )
+        twin = self._store()
         for batch in self.hidden:
             twin.append(batch.clone())
         return twin
@@ -91,18 +97,29 @@ def embedding_path(skeleton: Skeleton) -> str:
     return next(name for name, module in skeleton.model.named_modules() if module is embeddings)
 
 
-def windows_per_batch(skeleton: Skeleton, windows: Tensor, batch_bytes: int) -> int:
-    """Return how many windows run through a block at once within a budget of bytes."""
+def windows_per_batch(skeleton: Skeleton, windows: Tensor) -> int:
+    """Return how many windows run through a block at once; depends on sizes and device alone."""
+    per_token = skeleton.config.intermediate_size * skeleton.dtype.itemsize
+    wanted = INTERMEDIATE_BYTES[skeleton.device.type] // (windows.shape[1] * per_token)
+    return max(1, min(len(windows), wanted))
+
+
+def _held_per_token(skeleton: Skeleton) -> int:
+    """Bytes of one token's activations while all batches wait: residual and widest input, twice."""
     config = skeleton.config
-    widest = LIVE_INTERMEDIATES * config.intermediate_size + LIVE_HIDDEN * config.hidden_size
-    per_window = windows.shape[1] * widest * skeleton.dtype.itemsize
-    return max(1, min(len(windows), batch_bytes // per_window))
+    widest = config.hidden_size + config.intermediate_size
+    everything = 3 * config.hidden_size + config.intermediate_size  # a transform keeps all inputs
+    return int((widest + everything) * skeleton.dtype.itemsize)
 
 
 def advance(stream: Stream, hidden: HiddenStates, block: nn.Module, index: int) -> None:
     """Replace hidden states in front of a block by those behind it."""
     for batch in range(len(stream)):
         hidden.put(batch, run_block(block, hidden.get(batch), stream.call(batch, index)))
+
+
+# Tap name -> the inputs [tokens, C] that it read, batch by batch.
+TapInputs = dict[str, list[Tensor]]
 
 
 def observe(
@@ -112,10 +129,10 @@ def observe(
     index: int,
     taps: tuple[Tap, ...],
     *,
-    statistics: Statistic | None,
+    statistics: Statistic,
     keep_inputs: bool = False,
     move_on: bool = False,
-) -> tuple[dict[str, Moments], dict[str, Tensor]]:
+) -> tuple[dict[str, Moments], TapInputs]:
     """Run a block on all batches and sum up what its taps read.
 
     Args:
@@ -124,30 +141,27 @@ def observe(
         block: materialised.
         index: of the block.
         taps: those to look at.
-        statistics: whether to sum Hessians, diagonals only, or nothing.
-        keep_inputs: also return the inputs [tokens, C] themselves (one batch only).
+        statistics: whether to sum Hessians, or diagonals only.
+        keep_inputs: also return the inputs themselves.
         move_on: see `hidden`.
 
     Returns:
-        Tap name -> moments, and tap name -> inputs if they were to be kept.
+        Tap name -> moments, and the inputs if they were to be kept.
     """
     sums: dict[str, MomentSums] = {}
-    inputs: dict[str, Tensor] = {}
+    inputs: TapInputs = {}
 
     def watch(tap: Tap, seen: Tensor) -> None:
-        if statistics is not None:
-            if tap.name not in sums:
-                full = statistics == "hessian"
-                sums[tap.name] = MomentSums(seen.shape[1], seen.device, hessian=full)
-            sums[tap.name].add(seen)
+        if tap.name not in sums:
+            hessian = statistics == "hessian"
+            sums[tap.name] = MomentSums(seen.shape[1], seen.device, hessian=hessian)
+        sums[tap.name].add(seen)
         if keep_inputs:
-            # A tap that reads the residual stream itself (OLMo 2) sees memory that `put` reuses.
-            inputs[tap.name] = seen.clone() if seen.data_ptr() == entering.data_ptr() else seen
+            inputs.setdefault(tap.name, []).append(seen)
 
     for batch in range(len(stream)):
         call = stream.call(batch, index)
-        entering = hidden.get(batch)
-        output = run_watched(block, taps, entering, call, watch)
+        output = run_watched(block, taps, hidden.get(batch), call, watch)
         if move_on and output is not None:
             hidden.put(batch, output)
     return {name: total.result() for name, total in sums.items()}, inputs
@@ -157,36 +171,82 @@ def observe(
 TapVisitor = Callable[[Tap, Moments], None]
 
 
-def visit_in_one_pass(
+@dataclass(frozen=True)
+class Twin:
+    """Where the float model's inputs come from: kept from before, or a second stream."""
+
+    block: nn.Module  # the float block
+    hidden: HiddenStates | None = None  # in front of it; None if `inputs` are given
+    inputs: TapInputs = field(default_factory=dict)
+
+
+def visit_in_step(
     stream: Stream,
     working: nn.Module,
     index: int,
     taps: tuple[Tap, ...],
     visit: TapVisitor,
-    twin_inputs: Mapping[str, Tensor],
+    twin: Twin | None,
 ) -> None:
-    """Visit the taps of a block in order while its only batch runs through it once.
+    """Visit the taps of a block in order while all batches go through it in step, once.
 
     Each tap's weights are final before its output is computed, so every tap sees inputs from
-    quantized layers only, and nothing is computed twice.
+    quantized layers only. Afterwards the streams stand behind the block.
     """
+    with PausableBlock(working, taps) as held, ExitStack() as stack:
+        runs = _start(stream, held, stream.hidden, index)
+        twins: list[HeldRun] = []
+        if twin is not None and twin.hidden is not None:
+            reference = stack.enter_context(PausableBlock(twin.block, taps))
+            twins = _start(stream, reference, twin.hidden, index)
+        for tap in taps:
+            visit(tap, _summed(_held_inputs(runs, twin, twins, tap)))
+        _leave(runs, stream.hidden)
+        if twin is not None and twin.hidden is not None:
+            _leave(twins, twin.hidden)
 
-    def watch(tap: Tap, seen: Tensor) -> None:
-        twin = twin_inputs.get(tap.name)
-        sums = _sums(seen, twin)
-        sums.add(seen, twin)
-        visit(tap, sums.result())
 
-    call = stream.call(0, index)
-    output = run_watched(working, taps, stream.hidden.get(0), call, watch)
-    if output is not None:
-        stream.hidden.put(0, output)
+def _leave(runs: list[HeldRun], hidden: HiddenStates) -> None:
+    """Lead every batch to the end of the block and keep what comes out."""
+    for batch, run in enumerate(runs):
+        run.advance()
+        hidden.put(batch, run.output())
 
 
-def _sums(seen: Tensor, twin: Tensor | None) -> MomentSums:
-    """Return empty sums of what a rounding needs of inputs like `seen`: no mean |x|."""
-    cross = twin is not None
-    return MomentSums(seen.shape[1], seen.device, hessian=True, cross=cross, absolute=False)
+def _start(stream: Stream, held: PausableBlock, hidden: HiddenStates, index: int) -> list[HeldRun]:
+    return [
+        held.start(partial(hidden.get, batch), stream.call(batch, index))
+        for batch in range(len(stream))
+    ]
+
+
+def _held_inputs(
+    runs: list[HeldRun], twin: Twin | None, twins: list[HeldRun], tap: Tap
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Lead every batch to a tap and yield what it reads there, and what its twin does."""
+    for batch, run in enumerate(runs):
+        other: Tensor | None = None
+        if twins:
+            other = twins[batch].advance()
+        elif twin is not None:
+            other = twin.inputs[tap.name][batch]
+        yield run.advance(), other
+
+
+def _summed(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> Moments:
+    """Sum up (input, twin's input) of all batches: what a rounding needs, so no mean |x|."""
+    sums: MomentSums | None = None
+    for seen, other in pairs:
+        if seen is None:
+            raise RuntimeError("the block was left before the tap was reached")
+        if sums is None:
+            cross = other is not None
+            columns = seen.shape[1]
+            sums = MomentSums(columns, seen.device, hessian=True, cross=cross, absolute=False)
+        sums.add(seen, other)
+    if sums is None:
+        raise RuntimeError("there are no batches")
+    return sums.result()
 
 
 def visit_in_stages(
@@ -195,33 +255,22 @@ def visit_in_stages(
     index: int,
     taps: tuple[Tap, ...],
     visit: TapVisitor,
-    reference: nn.Module,
-    twin: HiddenStates | None,
+    twin: Twin | None,
 ) -> None:
-    """Visit the taps of a block in order where several batches are needed to bound memory.
+    """Visit the taps of a block in order where held activations would not fit in memory.
 
     For each tap every batch runs as far as that tap, then its weights become final. The result
-    is the same as that of one pass; only the beginning of the block is computed again.
+    is the same to the bit; only the beginning of the block is computed again.
     """
     for tap in taps:
-        sums: MomentSums | None = None
-        for seen, other in _inputs(stream, working, index, tap, reference, twin):
-            sums = sums or _sums(seen, other)
-            sums.add(seen, other)
-        if sums is not None:
-            visit(tap, sums.result())
+        visit(tap, _summed(_inputs(stream, working, index, tap, twin)))
     advance(stream, stream.hidden, working, index)
-    if twin is not None:
-        advance(stream, twin, reference, index)
+    if twin is not None and twin.hidden is not None:
+        advance(stream, twin.hidden, twin.block, index)
 
 
 def _inputs(
-    stream: Stream,
-    working: nn.Module,
-    index: int,
-    tap: Tap,
-    reference: nn.Module,
-    twin: HiddenStates | None,
+    stream: Stream, working: nn.Module, index: int, tap: Tap, twin: Twin | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield, batch by batch, what a tap reads in the working block and in the float one."""
     for batch in range(len(stream)):
@@ -232,6 +281,6 @@ def _inputs(
             seen.append(inputs)
 
         run_watched(working, (tap,), stream.hidden.get(batch), call, watch, stop_at=tap)
-        if twin is not None:
-            run_watched(reference, (tap,), twin.get(batch), call, watch, stop_at=tap)
-        yield seen[0], seen[1] if twin is not None else None
+        if twin is not None and twin.hidden is not None:
+            run_watched(twin.block, (tap,), twin.hidden.get(batch), call, watch, stop_at=tap)
+        yield seen[0], seen[1] if len(seen) > 1 else None

@@ -16,7 +16,7 @@ from qtool.checkpoint.reader import check_finite
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.family import Tap
 from qtool.model.skeleton import Skeleton, WeightSource
-from qtool.model.streaming import Stream, advance, observe, visit_in_one_pass, visit_in_stages
+from qtool.model.streaming import Stream, Twin, observe, visit_in_stages, visit_in_step
 from qtool.pipeline.plan import Plan, PlannedLinear
 from qtool.pipeline.progress import LayerReport
 from qtool.pipeline.rounding import round_tap
@@ -80,7 +80,7 @@ class BlockQuantizer:
         skeleton.assign(working, stored)
         by_tap = self._plan.by_block.get(index, {})
         taps = tuple(tap for tap in self._plan.family.taps if tap.name in by_tap)
-        moments, twin_inputs = self._float_statistics(reference, index, taps)
+        moments, twin = self._float_statistics(reference, index, taps)
         transformed = Transformed(stored)
         if self._plan.method.transform is not None:
             transformed = transform_block(
@@ -90,7 +90,7 @@ class BlockQuantizer:
                 working, {name: transformed.tensors[name] for name in transformed.changed}
             )
         del moments
-        self._round(reference, working, index, taps, transformed, twin_inputs)
+        self._round(working, index, taps, transformed, twin)
         skeleton.drop(prefix.removesuffix("."))
         linear_weights = {f"{x.path}.weight" for x in sum(by_tap.values(), ())}
         kept = transformed.changed - linear_weights
@@ -98,33 +98,32 @@ class BlockQuantizer:
 
     def _float_statistics(
         self, reference: nn.Module, index: int, taps: tuple[Tap, ...]
-    ) -> tuple[dict[str, Moments], dict[str, Tensor]]:
-        """Look at the float block's inputs, as far as the transform and the twin need them."""
-        transforming = self._plan.method.transform is not None
-        stream, one_batch = self._stream, len(self._stream) == 1
-        hidden = stream.hidden if self._twin is None else self._twin
-        keep = self._twin is not None and one_batch
-        if not transforming and not keep:
-            return {}, {}
-        return observe(
+    ) -> tuple[dict[str, Moments], Twin | None]:
+        """Look at the float block's inputs if a transform needs that; say where the twin's are."""
+        stream, hidden = self._stream, self._twin
+        twin = None if hidden is None else Twin(reference, hidden)
+        if self._plan.method.transform is None or not taps:
+            return {}, twin
+        keep = hidden is not None and stream.in_step
+        moments, inputs = observe(
             stream,
-            hidden,
+            stream.hidden if hidden is None else hidden,
             reference,
             index,
             taps,
-            statistics="hessian" if transforming else None,
+            statistics="hessian",
             keep_inputs=keep,
             move_on=keep,
         )
+        return moments, Twin(reference, inputs=inputs) if keep else twin
 
     def _round(
         self,
-        reference: nn.Module,
         working: nn.Module,
         index: int,
         taps: tuple[Tap, ...],
         transformed: Transformed,
-        twin_inputs: Mapping[str, Tensor],
+        twin: Twin | None,
     ) -> None:
         """Round tap after tap; afterwards the streams stand behind the block."""
         by_tap = self._plan.by_block.get(index, {})
@@ -138,14 +137,8 @@ class BlockQuantizer:
             fallback = transformed.fallbacks.get(tap.name, "")
             self._finish_tap(working, by_tap[tap.name], transformed.tensors, moments, fallback)
 
-        if not taps:
-            advance(self._stream, self._stream.hidden, working, index)
-            if self._twin is not None and len(self._stream) > 1:
-                advance(self._stream, self._twin, reference, index)
-        elif len(self._stream) == 1:
-            visit_in_one_pass(self._stream, working, index, taps, visit, twin_inputs)
-        else:
-            visit_in_stages(self._stream, working, index, taps, visit, reference, self._twin)
+        go_through = visit_in_step if self._stream.in_step else visit_in_stages
+        go_through(self._stream, working, index, taps, visit, twin)
 
     def _finish_tap(
         self,

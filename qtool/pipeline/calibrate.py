@@ -25,7 +25,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.family import Family, family_of
 from qtool.model.skeleton import Skeleton
-from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream, observe
+from qtool.model.streaming import Stream, observe
 from qtool.pipeline.plan import STORED_DTYPES
 from qtool.pipeline.progress import Progress
 
@@ -37,7 +37,7 @@ def calibrate(
     device: torch.device,
     progress: Progress,
     *,
-    batch_bytes: int = DEFAULT_BATCH_BYTES,
+    held_bytes: int | None = None,
 ) -> Statistics:
     """Return mean |x| and mean x^2 of the inputs of every linear, from one streamed pass.
 
@@ -57,7 +57,7 @@ def calibrate(
         )
         n_blocks = len(skeleton.blocks)
         progress.start("calibrating", n_blocks)
-        stream = Stream(skeleton, source, windows.ids, Path(spill), batch_bytes=batch_bytes)
+        stream = Stream(skeleton, source, windows.ids, Path(spill), held_bytes=held_bytes)
         for index in range(n_blocks):
             path = skeleton.block_prefix(index).removesuffix(".")
             for name, tensor in skeleton.load(path, source).items():

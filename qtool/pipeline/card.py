@@ -105,7 +105,9 @@ def _measured(result: QuantizeResult, index: int) -> list[str]:
         return []
     metrics = result.metrics[index]
     ppl, kld, top1 = metrics["ppl"], metrics["kld"], metrics["top1"]
-    tokens = f"{kld['tokens']} tokens of built-in text"
+    text = result.plan.recipe.eval.data
+    name = "built-in text" if text == "builtin" else json.dumps(Path(text).name)[1:-1]
+    tokens = f"{kld['tokens']} tokens of {name}"
     return [
         f"| perplexity, original | {ppl['reference']:.3f} on {tokens} |",
         f"| perplexity, this | {ppl['value']:.3f} |",

@@ -20,10 +20,6 @@ from qtool.evaluation.perplexity import Estimate
 from qtool.evaluation.runners import StreamedModel
 from qtool.pipeline.progress import Progress
 
-# What `quantize --eval quick` measures: enough to see a broken result, not to rank good ones.
-QUICK_WINDOWS = 8
-QUICK_LENGTH = 512
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -21,7 +21,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.skeleton import Skeleton
-from qtool.model.streaming import DEFAULT_BATCH_BYTES, Stream
+from qtool.model.streaming import Stream
 from qtool.pipeline.artifact import write_model_files, write_records
 from qtool.pipeline.blocks import (
     BlockQuantizer,
@@ -61,12 +61,12 @@ class RunSettings:
     Args:
         device: where to compute.
         overwrite: replace an existing model directory once the new one is complete.
-        batch_bytes: budget for activations inside one block.
+        held_bytes: budget for activations held inside a block; None: a part of what is free.
     """
 
     device: torch.device
     overwrite: bool = False
-    batch_bytes: int = DEFAULT_BATCH_BYTES
+    held_bytes: int | None = None
 
 
 def run_plan(
@@ -221,7 +221,7 @@ def _run_blocks(
     quantizer: BlockQuantizer | None = None
     progress.start("quantizing", plan.n_blocks)
     if streamed and skeleton is not None and windows is not None:
-        stream = Stream(skeleton, source, windows.ids, spill, batch_bytes=settings.batch_bytes)
+        stream = Stream(skeleton, source, windows.ids, spill, held_bytes=settings.held_bytes)
         quantizer = BlockQuantizer(plan, skeleton, source, stream, sinks)
     config: Any = None if skeleton is None else skeleton.config
     for index in range(plan.n_blocks):
