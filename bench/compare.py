@@ -53,8 +53,8 @@ def main() -> None:
         run = _timed(name, group, command, options.out / name)
         if run is not None:
             runs.append(run)
-            _evaluate(run, options)
             print(f"  {asdict(run)}", file=sys.stderr, flush=True)
+    _evaluate(runs, options)
     (options.out / "compare.json").write_text(json.dumps([asdict(r) for r in runs], indent=1))
     print(table(runs))
 
@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--evaluation-windows", type=int, default=64)
+    parser.add_argument("--evaluation-windows", type=int, default=32)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--only", action="append", default=[], help="names of runs")
     parser.add_argument("--out", type=Path, default=HERE / "out")
@@ -142,8 +142,10 @@ def _timed(name: str, group: str, command: list[str], out: Path) -> Run | None:
     if command[1] != "-m":  # peers take the output in third place
         full = [*command[:4], str(out), *command[4:]]
     started = time.perf_counter()
+    # For all alike: threads that spin while they wait would count as work.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     with (out.parent / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(full, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(full, stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     if status != 0:
@@ -153,14 +155,16 @@ def _timed(name: str, group: str, command: list[str], out: Path) -> Run | None:
     return Run(name, group, str(out), cpu, wall, usage.ru_maxrss * 1024)
 
 
-def _evaluate(run: Run, options: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "qtool", "eval", run.directory, "--ref", str(options.model)]
-    command += ["--data", str(options.evaluate), "--ctx", str(options.length), "--json", "-q"]
-    command += ["-n", str(options.evaluation_windows)]
+def _evaluate(runs: list[Run], options: argparse.Namespace) -> None:
+    """Measure all results against the original in one go."""
+    command = [sys.executable, "-m", "qtool", "eval", *(run.directory for run in runs)]
+    command += ["--ref", str(options.model), "--data", str(options.evaluate), "--json", "-q"]
+    command += ["--ctx", str(options.length), "-n", str(options.evaluation_windows)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    metrics = found["results"][0]["metrics"]
-    run.kld, run.kld_se = metrics["kld"]["mean"], metrics["kld"]["se"]
-    run.ppl = metrics["ppl"]["value"]
+    for run, result in zip(runs, found["results"], strict=True):
+        metrics = result["metrics"]
+        run.kld, run.kld_se = metrics["kld"]["mean"], metrics["kld"]["se"]
+        run.ppl = metrics["ppl"]["value"]
 
 
 def table(runs: list[Run]) -> str:

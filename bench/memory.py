@@ -69,7 +69,14 @@ def main() -> None:
             peak, cpu = peak_bytes(model, Path(directory) / "out", options.method)
         first = first or peak
         ratio = f"{peak / first:.3f}"
-        row = [options.method, blocks, f"{size / 1e9:.2f}", f"{peak / 1e9:.3f}", ratio, f"{cpu:.0f}"]
+        row = [
+            options.method,
+            blocks,
+            f"{size / 1e9:.2f}",
+            f"{peak / 1e9:.3f}",
+            ratio,
+            f"{cpu:.0f}",
+        ]
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 

@@ -28,7 +28,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "qtool quantize ./model --dry-run",
         "qtool quantize ./model --method awq --bits 4",
         "qtool quantize ./model -m gptq -b 4 -g 64 -n 64 -l 512 -o ./small",
-        "qtool quantize ./model -m rtn -b 8 -f compressed-tensors --ignore 'layers.0.*'",
+        "qtool quantize ./model -m rtn -b 8 -f compressed-tensors --ignore down_proj",
     ),
     "calibrate": (
         "qtool calibrate ./model -o stats.gguf -n 32 -l 512",

@@ -15,6 +15,7 @@ from qtool.pipeline.inspection import inspect_model
 from qtool.pipeline.tokenizer_files import compare_models
 
 HASH_CHARACTERS = 12
+GROUP_SIZES = (128, 64, 32, 16)  # the default first
 
 
 def run_inspect(
@@ -59,10 +60,23 @@ def next_command(result: Mapping[str, Any]) -> str:
     """Return the last line: what to run next on this model, or why there is nothing to run."""
     support, model = result["support"], printable(result["model"]["id"])
     if "quantize" in support["commands"]:
-        return f"next: qtool quantize {model} --method awq --bits 4"
+        group = _group_flag(result["architecture"])
+        return f"next: qtool quantize {model} --method awq --bits 4{group}"
     if "eval" in support["commands"]:
         return f"next: qtool eval {model} --ref ORIGINAL"
     return f"qtool can only inspect this model: {printable(support['reason'])}"
+
+
+def _group_flag(shape: Mapping[str, Any]) -> str:
+    """Return --group-size where the default one does not divide the rows of the model."""
+    sizes = [shape["hidden_size"], shape["intermediate_size"]]
+    if type(shape["attention_heads"]) is int and type(shape["head_dim"]) is int:
+        sizes.append(shape["attention_heads"] * shape["head_dim"])
+    rows = [size for size in sizes if type(size) is int]
+    fitting = [size for size in GROUP_SIZES if all(row % size == 0 for row in rows)]
+    if fitting[:1] == [GROUP_SIZES[0]]:
+        return ""
+    return f" --group-size {fitting[0] if fitting else -1}"
 
 
 def _overview(result: Mapping[str, Any]) -> Table:

@@ -197,10 +197,13 @@ def quantize_block_without_data(
         transformed = transform_block(plan, config, taps, tensors, statistics or {}, device)
     for tap, linears in taps.items():
         moments = None if statistics is None else statistics[tap]
-        scale = transformed.scales.get(tap)
-        if moments is not None and scale is not None:
+        if moments is not None:
+            # A file's statistics come in host memory, of inputs before they were scaled.
+            scale = transformed.scales.get(tap, torch.ones(()))
             moments = replace(
-                moments, mean_abs=moments.mean_abs / scale, diagonal=moments.diagonal / scale**2
+                moments,
+                mean_abs=(moments.mean_abs / scale).to(device),
+                diagonal=(moments.diagonal / scale**2).to(device),
             )
         rounded = round_tap(
             plan,

@@ -15,7 +15,7 @@ from qtool import device as devices
 from qtool.calibration.moments import Moments
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.output import OutputDirectory
-from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.shards import ShardWriter
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
@@ -29,7 +29,7 @@ from qtool.pipeline.blocks import (
     Sinks,
     quantize_block_without_data,
 )
-from qtool.pipeline.plan import Plan, PlannedOutput
+from qtool.pipeline.plan import STORED_DTYPES, Plan, PlannedOutput
 from qtool.pipeline.progress import LayerReport, Progress
 from qtool.pipeline.verify import verify
 
@@ -115,6 +115,7 @@ def run_plan(
         sinks = _sinks(writers, layers, progress)
         with TensorReader(plan.checkpoint.refs) as reader:
             source = DenseSource(plan.checkpoint, reader)
+            _check_kept(plan, reader)
             _run_blocks(
                 plan, source, settings, progress, sinks, writers, spill, windows, statistics
             )
@@ -202,6 +203,22 @@ def _sinks(
         progress.layer(report)
 
     return Sinks(keep, note)
+
+
+def _check_kept(plan: Plan, reader: TensorReader) -> None:
+    """Refuse values that are not finite in what no block looks at: embeddings, norms, the head.
+
+    Raises:
+        NumericalError: names the tensor.
+    """
+    rounded = {f"{x.name}.weight" for x in plan.linears}
+    for name, ref in plan.checkpoint.refs.items():
+        if name in rounded or ref.dtype not in STORED_DTYPES:
+            continue
+        for piece in reader.chunks(name):
+            values = torch.frombuffer(piece, dtype=STORED_DTYPES[ref.dtype])
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+                check_finite(name, reader.read(name))  # says where in the tensor
 
 
 @torch.no_grad()

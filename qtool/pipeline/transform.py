@@ -45,9 +45,13 @@ def transform_block(
     changed: set[str] = set()
     scales: dict[str, Tensor] = {}
     fallbacks: dict[str, str] = {}
+    rounded = {x.path for linears in taps.values() for x in linears}
     for pair in plan.family.pairs:
         linears = taps.get(pair.tap, ())
         if not linears:
+            continue
+        if pair.kind == "linear" and pair.previous not in rounded:
+            fallbacks[pair.tap] = f"{pair.previous} is kept as it is"
             continue
         observed = moments[pair.tap]
         head, repeats = head_layout(config, pair)
