@@ -11,6 +11,8 @@ from types import FrameType
 # small operations. Must stand before PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the command line and exit with the code of the contract."""

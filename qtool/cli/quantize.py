@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -263,7 +264,8 @@ def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) 
     )
 
     def measure(directories: list[Path]) -> list[dict[str, Any]]:
-        models = [locate(str(path)) for path in directories]
+        # Their directories still have hidden names.
+        models = [replace(locate(str(path)), name="the result") for path in directories]
         found = evaluate(models, checkpoint, windows, settings.device, progress)
         return [metrics_of(result) for result in found]
 

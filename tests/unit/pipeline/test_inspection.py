@@ -290,7 +290,10 @@ def rendered(result):
 def test_the_last_line_is_the_next_command(tmp_path):
     result = run_inspect(str(write(tmp_path, float_tensors())))
     lines = rendered(result).rstrip().splitlines()
-    assert lines[-1].rstrip() == f"next: qtool quantize {tmp_path} --method awq --bits 4"
+    assert (
+        lines[-1].rstrip()
+        == f"next: qtool quantize {tmp_path} --method awq --bits 4 --group-size 64"
+    )
     assert f"{TOTAL:,}" in rendered(result)
 
 
