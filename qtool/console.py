@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import sys
 import time
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from qtool.checkpoint.untrusted import printable
 from qtool.errors import CapacityError, QtoolError
+from qtool.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -59,13 +58,7 @@ class Terminal:
         Raises:
             CapacityError: stdout is a file on a full disk.
         """
-        if self.as_json:
-            # Escaped to ASCII: names come from files, and a terminal must not obey them.
-            plain = _without_nan(value)
-            text = json.dumps(plain, ensure_ascii=True, allow_nan=False, default=str) + "\n"
-        else:
-            text = _rendered(shown)
-        _write_out(text)
+        _write_out(json_text(value) + "\n" if self.as_json else _rendered(shown))
 
     def note(self, message: str) -> None:
         """Print a line on stderr, unless quiet."""
@@ -141,17 +134,6 @@ def finish_stdout() -> None:
 def discard_stdout() -> None:
     """Send what is still buffered for stdout nowhere, so that closing it cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a value with numbers that JSON does not have (no estimate) as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def printable_line(text: str) -> str:

@@ -117,16 +117,18 @@ class OutputDirectory:
     def __enter__(self) -> Path:
         parent = self.final.parent
         missing = [path for path in (parent, *parent.parents) if not path.exists()]
-        try:
-            for path in reversed(missing):
-                path.mkdir()
-                self._created_parents.append(path)
-            if self.partial.exists():  # left by a killed process whose number we now have
-                shutil.rmtree(self.partial)
-            self.partial.mkdir()
-        except OSError as error:
-            self._clean_up()
-            raise write_error(self.partial, error) from error
+        with contextlib.ExitStack() as undo:  # an interrupt between two steps too
+            undo.callback(self._clean_up)
+            try:
+                for path in reversed(missing):
+                    path.mkdir()
+                    self._created_parents.append(path)
+                if self.partial.exists():  # left by a killed process whose number we now have
+                    shutil.rmtree(self.partial)
+                self.partial.mkdir()
+            except OSError as error:
+                raise write_error(self.partial, error) from error
+            undo.pop_all()
         return self.partial
 
     def __exit__(

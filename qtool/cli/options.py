@@ -75,7 +75,7 @@ MaxRam = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--max-ram",
-        help="Budget for the activations of one batch, such as 4GB.",
+        help="Budget for activations held inside a block, such as 4GB.",
         envvar="QTOOL_MAX_RAM",
     ),
 ]

@@ -77,7 +77,11 @@ def plan_table(plan: Plan, paths: list[Path]) -> RenderableType:
         facts.append(("writes", f"{_typed(path)} ({output.format.name}, {size})"))
         facts.append(("loads in", ", ".join(output.format.loads_in)))
         facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
-    return Group(_facts(facts), Text(), Text("next: the same command without --dry-run"))
+    quantize = plan.recipe.quantize
+    spread = f" -g {quantize.group_size}"
+    source = printable(plan.checkpoint.source)
+    command = f"next: qtool quantize {source} -m {quantize.method} -b {quantize.bits}{spread}"
+    return Group(_facts(facts), Text(), Text(f"{command} -o {_typed(paths[0])}"))
 
 
 def _schemes(plan: Plan) -> list[tuple[str, str]]:

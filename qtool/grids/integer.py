@@ -25,7 +25,7 @@ Granularity = Literal["tensor", "channel", "group"]
 # Fractions of the min-max range that the search tries, widest first. A symmetric grid reaches
 # only (2**bits - 1) / 2 steps to the positive side but one half more to the negative, so a range
 # a little wider than min-max can pay as well.
-SEARCHED_RANGES = tuple(1.10 - 0.0125 * step for step in range(49))  # 1.10 .. 0.50
+SEARCHED_RANGES = tuple(1.10 - 0.025 * step for step in range(25))  # 1.10 .. 0.50
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,19 @@ from qtool.registry import Registry
 
 @dataclass(frozen=True)
 class Tap:
-    """The linears of a block that read one input, in the order in which they run."""
+    """The linears of a block that read one input, in the order in which they run.
+
+    Args:
+        name: for pairs and reports.
+        linears: paths below the block.
+        corrected: whether error propagation aims these linears at the float model's output. The
+            products it needs grow with the square of the input's width; the MLP's wide inner
+            input costs more of them than all other taps together and gains least.
+    """
 
     name: str
     linears: tuple[str, ...]
+    corrected: bool = True
 
 
 @dataclass(frozen=True)

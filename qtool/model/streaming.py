@@ -142,7 +142,7 @@ def observe(
         index: of the block.
         taps: those to look at.
         statistics: whether to sum Hessians, or diagonals only.
-        keep_inputs: also return the inputs themselves.
+        keep_inputs: also return the inputs of taps that are corrected.
         move_on: see `hidden`.
 
     Returns:
@@ -156,7 +156,7 @@ def observe(
             hessian = statistics == "hessian"
             sums[tap.name] = MomentSums(seen.shape[1], seen.device, hessian=hessian)
         sums[tap.name].add(seen)
-        if keep_inputs:
+        if keep_inputs and tap.corrected:
             inputs.setdefault(tap.name, []).append(seen)
 
     for batch in range(len(stream)):
@@ -197,7 +197,8 @@ def visit_in_step(
         runs = _start(stream, held, stream.hidden, index)
         twins: list[HeldRun] = []
         if twin is not None and twin.hidden is not None:
-            reference = stack.enter_context(PausableBlock(twin.block, taps))
+            wanted = tuple(tap for tap in taps if tap.corrected)
+            reference = stack.enter_context(PausableBlock(twin.block, wanted))
             twins = _start(stream, reference, twin.hidden, index)
         for tap in taps:
             visit(tap, _summed(_held_inputs(runs, twin, twins, tap)))
@@ -226,7 +227,9 @@ def _held_inputs(
     """Lead every batch to a tap and yield what it reads there, and what its twin does."""
     for batch, run in enumerate(runs):
         other: Tensor | None = None
-        if twins:
+        if not tap.corrected:
+            pass
+        elif twins:
             other = twins[batch].advance()
         elif twin is not None:
             other = twin.inputs[tap.name][batch]
@@ -281,6 +284,6 @@ def _inputs(
             seen.append(inputs)
 
         run_watched(working, (tap,), stream.hidden.get(batch), call, watch, stop_at=tap)
-        if twin is not None and twin.hidden is not None:
+        if twin is not None and twin.hidden is not None and tap.corrected:
             run_watched(twin.block, (tap,), twin.hidden.get(batch), call, watch, stop_at=tap)
         yield seen[0], seen[1] if len(seen) > 1 else None

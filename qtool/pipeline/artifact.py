@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qtool import __version__
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.shards import file_digest
+from qtool.json_text import json_text
 from qtool.pipeline.card import model_card
 from qtool.pipeline.plan import Plan, PlannedOutput
 from qtool.recipe.load import dump_recipe
@@ -54,9 +55,14 @@ def write_records(
     """
     plan, output = result.plan, result.plan.outputs[index]
     report = report_of(result, index, digests)
+    from_statistics = plan.calibrated and result.windows is None
+    recipe = resolved_recipe(plan, output, from_statistics=from_statistics)
     try:
-        _write(directory / RECIPE_FILE, resolved_recipe(plan, output))
-        _write(directory / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+        _write(
+            directory / RECIPE_FILE,
+            recipe,
+        )
+        _write(directory / REPORT_FILE, json_text(report, indent=1) + "\n")
         _write(directory / "README.md", model_card(result, index))
         write_sums(directory, digests)
     except OSError as error:
@@ -67,7 +73,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def resolved_recipe(plan: Plan, output: PlannedOutput) -> str:
+def resolved_recipe(plan: Plan, output: PlannedOutput, *, from_statistics: bool = False) -> str:
     """Return the recipe with every default, which makes the same bytes again.
 
     Names only the one format of this directory, and no place on this machine: MODEL and the
@@ -81,7 +87,9 @@ def resolved_recipe(plan: Plan, output: PlannedOutput) -> str:
     recipe = plan.recipe.model_copy(update={"model": model, "export": exports, "output": None})
     head = f"# Written by qtool {__version__}. Make the same bytes again with:\n"
     place = "" if checkpoint.revision else f" PATH/TO/{checkpoint.name}"
-    return head + f"#   qtool quantize{place} --recipe {RECIPE_FILE}\n" + dump_recipe(recipe)
+    statistics = " --statistics THE_SAME_FILE" if from_statistics else ""
+    command = f"#   qtool quantize{place} --recipe {RECIPE_FILE}{statistics}\n"
+    return head + command + dump_recipe(recipe)
 
 
 def report_of(result: QuantizeResult, index: int, digests: Mapping[str, str]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class _Found:
 def _block_linears(checkpoint: Checkpoint, family: Family) -> dict[str, _Found]:
     """Full module path -> where it stands, for every linear of every block, from headers."""
     found: dict[str, _Found] = {}
+    _check_surplus(checkpoint, family)
     for block in range(int(checkpoint.config["num_hidden_layers"])):
         for tap in family.taps:
             for path in tap.linears:
@@ -146,6 +147,20 @@ def _block_linears(checkpoint: Checkpoint, family: Family) -> dict[str, _Found]:
                     )
                 found[name] = _Found(path, block, tap.name, (ref.shape[0], ref.shape[1]))
     return found
+
+
+def _check_surplus(checkpoint: Checkpoint, family: Family) -> None:
+    """Blocks that config.json does not count would be carried along as they are, unused."""
+    prefix = f"{family.blocks}."
+    below = [name.removeprefix(prefix) for name in checkpoint.refs if name.startswith(prefix)]
+    indices = {name.partition(".")[0] for name in below}
+    stored = max((int(index) for index in indices if index.isdecimal()), default=-1) + 1
+    declared = int(checkpoint.config["num_hidden_layers"])
+    if stored > declared:
+        raise DamagedError(
+            f"{checkpoint.path} holds {stored} blocks, its config.json says {declared}",
+            "config.json and weights belong to different models",
+        )
 
 
 def _stored_dtype(checkpoint: Checkpoint, names: list[str]) -> torch.dtype:

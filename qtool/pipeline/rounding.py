@@ -69,26 +69,26 @@ def round_tap(
     check_finite(f"{linears[0].name} (scales)", rounded.tensor.dequantize())
     seconds = (time.perf_counter() - started) / len(linears)
     tensors = dict(zip([x.name for x in linears], rounded.tensor.split_rows(sizes), strict=True))
-    plain = None
-    if plan.rounding.name != "rtn" or target is not weight:
-        plain = [_to_nearest(part, grid.plain()) for part in parts]
-    reports = tuple(
-        LayerReport(
-            name=x.name,
-            grid=grid.name,
-            bits_per_weight=grid.bits_per_weight(*x.shape),
-            relative_error=_relative(aimed, tensors[x.name].dequantize(), moments),
-            against_rtn=None
-            if plain is None
-            else _ratio(aimed, tensors[x.name].dequantize(), plain[i], moments),
-            seconds=seconds,
-            damp_percent=rounded.damp_percent,
-            damp_raised=rounded.damp_raised,
-            fallback=fallback,
+    compared = plan.rounding.name != "rtn" or target is not weight
+    reports = []
+    for linear, part, aimed in zip(linears, parts, target.split(sizes), strict=True):
+        plain = _to_nearest(part, grid.plain()) if compared else None
+        quantized = tensors[linear.name].dequantize()
+        relative, ratio = _errors(aimed, quantized, plain, moments)
+        reports.append(
+            LayerReport(
+                name=linear.name,
+                grid=grid.name,
+                bits_per_weight=grid.bits_per_weight(*linear.shape),
+                relative_error=relative,
+                against_rtn=ratio,
+                seconds=seconds,
+                damp_percent=rounded.damp_percent,
+                damp_raised=rounded.damp_raised,
+                fallback=fallback,
+            )
         )
-        for i, (x, aimed) in enumerate(zip(linears, target.split(sizes), strict=True))
-    )
-    return RoundedTap(tensors, reports)
+    return RoundedTap(tensors, tuple(reports))
 
 
 def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -96,18 +96,16 @@ def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:
     return grid.decode(grid.encode(weight, parameters), parameters)
 
 
-def _second(moments: Moments | None, columns: int, device: torch.device) -> Tensor:
-    return torch.ones(columns, device=device) if moments is None else moments.second
-
-
-def _relative(target: Tensor, rounded: Tensor, moments: Moments | None) -> float:
-    second = _second(moments, target.shape[1], target.device)
+def _errors(
+    target: Tensor, rounded: Tensor, plain: Tensor | None, moments: Moments | None
+) -> tuple[float, float | None]:
+    """Return the relative output error, and the squared error against `plain`'s if there is one."""
+    columns, device = target.shape[1], target.device
+    second = torch.ones(columns, device=device) if moments is None else moments.second
+    error = max(output_error(rounded - target, second), 0.0)
     whole = output_error(target, second)
-    return (max(output_error(rounded - target, second), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
-
-
-def _ratio(target: Tensor, rounded: Tensor, plain: Tensor, moments: Moments | None) -> float:
-    second = _second(moments, target.shape[1], target.device)
+    relative = (error / whole) ** 0.5 if whole > 0 else 0.0
+    if plain is None:
+        return relative, None
     reference = output_error(plain - target, second)
-    error = output_error(rounded - target, second)
-    return error / reference if reference > 0 else 1.0
+    return relative, error / reference if reference > 0 else 1.0

@@ -6,7 +6,7 @@ TAPS = (
     Tap("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Tap("attn_out", ("self_attn.o_proj",)),
     Tap("mlp_in", ("mlp.gate_proj", "mlp.up_proj")),
-    Tap("mlp_out", ("mlp.down_proj",)),
+    Tap("mlp_out", ("mlp.down_proj",), corrected=False),
 )
 
 VALUE_TO_OUTPUT = ScalePair("attn_out", "self_attn.v_proj", "linear", through_heads=True)

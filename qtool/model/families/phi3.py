@@ -9,7 +9,7 @@ FAMILY = Family(
         Tap("attn_in", ("self_attn.qkv_proj",)),
         Tap("attn_out", ("self_attn.o_proj",)),
         Tap("mlp_in", ("mlp.gate_up_proj",)),
-        Tap("mlp_out", ("mlp.down_proj",)),
+        Tap("mlp_out", ("mlp.down_proj",), corrected=False),
     ),
     pairs=(
         ScalePair("attn_in", "input_layernorm", "norm"),

@@ -209,7 +209,7 @@ def best_by_trying(weight, bits, symmetric, importance):
     values, importance = weight.double().numpy(), importance.double().numpy()
     low, high, top = min(values.min(), 0), max(values.max(), 0), 2**bits - 1
     errors = []
-    for fraction in np.linspace(0.5, 1.1, 49):
+    for fraction in np.linspace(0.5, 1.1, 25):
         ends = (low * fraction, high * fraction)
         if symmetric:
             ends = (-max(-ends[0], ends[1]), max(-ends[0], ends[1]))
