@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qtool.pipeline.progress import LayerReport
 
 
-WIDTH_OFF_TERMINAL = 140
+WIDTH_OFF_TERMINAL = 1000
 BAR_WIDTH = 12
 
 
