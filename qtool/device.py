@@ -7,6 +7,7 @@ are decided here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,17 @@ def free_memory(device: torch.device) -> int:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return 8 * 2**30
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library would keep it.
+
+    Large tensors come and go around small ones that stay, so that glibc's heap grows block after
+    block although no more of it is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def describe(device: torch.device) -> str:

@@ -51,10 +51,14 @@ class PausableBlock:
             run.cancel()
         for handle in self._handles:
             handle.remove()
+        # Runs and block refer to each other: the weights would stay until the next collection.
+        self._runs.clear()
+        self._handles.clear()
 
     def start(self, hidden: Callable[[], Tensor], call: BlockCall) -> HeldRun:
         """Return a run on hidden states that are asked for when it first advances."""
-        run = HeldRun(lambda: run_block(self._block, hidden(), call))
+        block = self._block
+        run = HeldRun(lambda: run_block(block, hidden(), call))
         self._runs.append(run)
         return run
 

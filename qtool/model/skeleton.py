@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtool.errors import DamagedError, UnsupportedError
+from qtool.errors import DamagedError
 from qtool.model.family import Family
 
 
@@ -130,16 +130,14 @@ class Skeleton:
 
     def drop(self, path: str) -> None:
         """Free the weights of the module at `path`."""
-        module = self.model.get_submodule(path)
-        empty = {name: p.to("meta") for name, p in module.named_parameters()}
-        module.load_state_dict(empty, strict=False, assign=True)
+        release(self.model.get_submodule(path))
 
 
-def check_block_count(skeleton: Skeleton) -> None:
-    """Refuse a model without blocks.
+def release(module: nn.Module) -> None:
+    """Free the weights of a module at once.
 
-    Raises:
-        UnsupportedError: there is nothing to quantize.
+    A decoder block refers to itself (transformers binds its forward), so that one which is merely
+    forgotten keeps its weights until the next garbage collection.
     """
-    if not skeleton.blocks:
-        raise UnsupportedError("the model has no decoder blocks", "choose another model")
+    empty = {name: p.to("meta") for name, p in module.named_parameters()}
+    module.load_state_dict(empty, strict=False, assign=True)

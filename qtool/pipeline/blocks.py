@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool import device as devices
 from qtool.calibration.activations import HiddenStates
 from qtool.calibration.moments import Moments
 from qtool.checkpoint.reader import check_finite
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.family import Tap
-from qtool.model.skeleton import Skeleton, WeightSource
+from qtool.model.skeleton import Skeleton, WeightSource, release
 from qtool.model.streaming import Stream, Twin, observe, visit_in_stages, visit_in_step
 from qtool.pipeline.plan import Plan, PlannedLinear
 from qtool.pipeline.progress import LayerReport
@@ -92,6 +93,8 @@ class BlockQuantizer:
         del moments
         self._round(working, index, taps, transformed, twin)
         skeleton.drop(prefix.removesuffix("."))
+        release(working)
+        devices.return_free_memory()
         linear_weights = {f"{x.path}.weight" for x in sum(by_tap.values(), ())}
         kept = transformed.changed - linear_weights
         return BlockResult({prefix + name: transformed.tensors[name] for name in kept})
