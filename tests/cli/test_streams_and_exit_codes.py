@@ -18,7 +18,13 @@ from qtool.cli.app import run
 def start(*arguments, **settings):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     command = [sys.executable, "-m", "qtool", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, **settings)
+    started = {"env": environment, "preexec_fn": _heed_ctrl_c, **settings}
+    return subprocess.Popen(command, **started)
+
+
+def _heed_ctrl_c():
+    """A shell starts background jobs with Ctrl-C ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_progress_is_on_stderr_one_line_for_each_block_off_a_terminal(here, qtool):
