@@ -91,11 +91,6 @@ class Skeleton:
         """Return what precedes the parameter names of block `index`."""
         return f"{self.family.blocks}.{index}."
 
-    def parameter_names(self, path: str) -> list[str]:
-        """Return the full names of the parameters below `path`."""
-        module = self.model.get_submodule(path)
-        return [f"{path}.{name}" for name, _ in module.named_parameters()]
-
     def load(self, path: str, source: WeightSource) -> dict[str, Tensor]:
         """Materialise the module at `path` and return its tensors as stored, by name below it.
 
