@@ -308,9 +308,10 @@ def _no_weights(directory: Path) -> UnsupportedError | DamagedError | UsageError
         )
     if ggufs:
         return UnsupportedError(
-            f"{shown_path(directory)} has only GGUF weights ({printable(ggufs[0])}), which qtool "
-            "does not read yet",
-            "use the safetensors directory that it was made from",
+            f"{shown_path(directory)} is no model directory but holds GGUF files "
+            f"({printable(ggufs[0])})",
+            "name the file itself to inspect, export or eval it; to quantize, use the safetensors "
+            "directory that it was made from",
         )
     if "config.json" in names:
         return DamagedError(

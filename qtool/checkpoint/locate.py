@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qtool.checkpoint.gguf_header import GgufContents, is_gguf
+from qtool.checkpoint.gguf_split import model_stem, read_gguf_split
 from qtool.checkpoint.header import TensorRef, checkpoint_refs, read_header
 from qtool.checkpoint.untrusted import GET_AGAIN, printable, read_json_object, shown_path
 from qtool.errors import DamagedError, UnsupportedError, UsageError
@@ -77,6 +79,7 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json; empty for a lone .safetensors file
     refs: Mapping[str, TensorRef]
     extra_files: tuple[Path, ...]  # absolute; to be copied byte for byte, relative to `path`
+    gguf: tuple[GgufContents, ...] = ()  # its parts where it is a GGUF file; then no config
 
     @property
     def total_bytes(self) -> int:
@@ -90,6 +93,7 @@ def locate(
     offline: bool = False,
     *,
     headers_only: bool = False,
+    gguf: bool = False,
 ) -> Checkpoint:
     """Find a model directory, or get a hub id, and read its configuration and headers.
 
@@ -98,6 +102,7 @@ def locate(
         revision: branch, tag or commit on the hub.
         offline: use only what the hub's cache on this machine holds.
         headers_only: do not download weights, and accept a lone .safetensors file.
+        gguf: accept a GGUF file, or any part of one in several; its metadata is in `gguf`.
 
     Raises:
         UsageError: no such path, or not a model.
@@ -116,7 +121,7 @@ def locate(
             )
         if path.is_dir():
             return _open_directory(path.resolve(), model)
-        return _open_file(path.resolve(), model, headers_only=headers_only)
+        return _open_file(path.resolve(), model, headers_only=headers_only, gguf=gguf)
     if _looks_like_a_path(model):
         raise UsageError(
             f"there is no {shown_path(path)}", "check the path, or give a hub id such as org/name"
@@ -201,16 +206,22 @@ def _open_directory(
     return Checkpoint(directory, directory.name, source, None, config, refs, extra)
 
 
-def _open_file(path: Path, source: str, *, headers_only: bool) -> Checkpoint:
-    if path.suffix == ".gguf":
-        raise UnsupportedError(
-            f"{shown_path(path)}: qtool does not read GGUF files yet",
-            "give the safetensors directory that it was made from",
-        )
+def _open_file(path: Path, source: str, *, headers_only: bool, gguf: bool) -> Checkpoint:
+    if is_gguf(path):
+        if not gguf:
+            raise UnsupportedError(
+                f"{shown_path(path)} is a GGUF file, which qtool reads for inspect, export and "
+                "eval only",
+                "give the safetensors directory that it was made from",
+            )
+        parts = read_gguf_split(path)
+        refs = {ref.name: ref for part in parts for ref in part.tensors}
+        stem = model_stem(path.name)
+        return Checkpoint(path.parent, stem, source, None, {}, refs, (), parts)
     if path.suffix != ".safetensors":
         raise UsageError(
             f"{shown_path(path)} is a file, not a model",
-            "give a model directory, a hub id, or to `qtool inspect` a .safetensors file",
+            "give a model directory, a hub id, or to `qtool inspect` a .safetensors or .gguf file",
         )
     if not headers_only:
         raise UsageError(

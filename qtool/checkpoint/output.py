@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -178,3 +179,82 @@ class OutputDirectory:
             with contextlib.suppress(OSError):  # somebody else put something there
                 path.rmdir()
         self._created_parents.clear()
+
+
+class OutputFile(OutputDirectory):
+    """A file, or the parts of a split one, that appears complete or not at all.
+
+    The work happens in a hidden directory beside it, as for a directory. `commit` renames what
+    belongs to the result: NAME.gguf or its parts, and the small files of `COMPANIONS` as
+    NAME.<theirs>.
+    """
+
+    COMPANIONS = ("Modelfile", "qtool-recipe.yaml", "qtool-report.json")
+
+    def __init__(
+        self, final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+    ) -> None:
+        self.final = check_output_file(final, overwrite=overwrite, sources=sources)
+        self._overwrite = overwrite
+        self._sources = tuple(sources)
+        self.partial = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
+        self._created_parents = []
+
+    def commit(self) -> Path:
+        """Put every file on the disk and give it its final name; return that.
+
+        Raises:
+            UsageError: something else appeared under the name meanwhile.
+            CapacityError: the disk is full.
+        """
+        check_output_file(self.final, overwrite=self._overwrite, sources=self._sources)
+        stem = self.final.stem
+        parts = sorted(self.partial.glob("*.gguf"))
+        others = [self.partial / name for name in self.COMPANIONS]
+        try:
+            for path in [*(p for p in others if p.exists()), *parts]:
+                sync(path)
+                name = path.name if path in parts else f"{stem}.{path.name}"
+                path.rename(self.final.with_name(name))
+            sync(self.final.parent)
+        except OSError as error:
+            raise write_error(self.final, error) from error
+        self._created_parents.clear()
+        return self.final if len(parts) == 1 else self.final.with_name(parts[0].name)
+
+
+def check_output_file(
+    final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> Path:
+    """Return the absolute path of an output file, or refuse it before any work is done.
+
+    Raises:
+        UsageError: a directory, a link, an input, or a file that is not to be replaced.
+    """
+    shown = shown_path(final)
+    if final.is_symlink():
+        raise UsageError(f"the output {shown} is a link", "give the file it points to")
+    final = final.parent.resolve() / final.name
+    if final in [source.resolve() for source in sources]:
+        raise UsageError(f"the output {shown} is the input", "choose another --output")
+    if final.is_dir():
+        raise UsageError(f"the output {shown} is a directory", "choose another --output")
+    parts = list(final.parent.glob(f"{glob.escape(final.stem)}-?????-of-?????.gguf"))
+    if (final.exists() or parts) and not overwrite:
+        raise UsageError(
+            f"the output {shown_path(parts[0]) if parts else shown} exists",
+            "choose another --output, or replace it with --overwrite",
+        )
+    return final
+
+
+def output_place(
+    final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> OutputDirectory:
+    """Return the place of a result: a file where the name ends in .gguf, else a directory.
+
+    Raises:
+        UsageError: what is there is in the way.
+    """
+    kind = OutputFile if final.suffix == ".gguf" else OutputDirectory
+    return kind(final, overwrite=overwrite, sources=sources)

@@ -1,5 +1,7 @@
 """Read tensors of a checkpoint, one at a time, without keeping any of it in memory.
 
+The tensors of GGUF files are read like those of safetensors; of ggml's own types only the bytes.
+
 The bytes come through plain reads into memory of our own rather than through a memory map:
 mapped pages would count as resident until the map is closed, and a file that is truncated while
 it is read would kill the process instead of raising an error.
@@ -17,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qtool.checkpoint.gguf_header import is_gguf
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.untrusted import GET_AGAIN, open_regular, printable, shown_path
 from qtool.errors import DamagedError, NumericalError, UnsupportedError
@@ -86,13 +89,40 @@ class TensorReader:
         Raises:
             DamagedError: there is no such tensor, or its file cannot be read to its end.
         """
-        ref = self._ref(name)
+        ref = self.ref(name)
         if ref.dtype not in TORCH_DTYPES:
             raise UnsupportedError(f"{_where(ref)} has dtype {ref.dtype}, which torch lacks")
         tensor = torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype])
         if ref.n_bytes:
             self._fill(ref, ref.start, tensor_bytes(tensor))
         return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of one tensor, as `read` would.
+
+        Raises:
+            DamagedError: there is no such tensor, or its file cannot be read to its end.
+        """
+        ref = self.ref(name)
+        if ref.dtype not in TORCH_DTYPES:
+            raise UnsupportedError(f"{_where(ref)} has dtype {ref.dtype}, which torch lacks")
+        tensor = torch.empty((stop - start, *ref.shape[1:]), dtype=TORCH_DTYPES[ref.dtype])
+        if tensor.numel():
+            width = ref.n_bytes // ref.shape[0]
+            self._fill(ref, ref.start + start * width, tensor_bytes(tensor))
+        return tensor
+
+    def raw(self, name: str, start: int, count: int) -> Tensor:
+        """Return `count` bytes of one tensor from byte `start` of it, uint8.
+
+        Raises:
+            DamagedError: there is no such tensor, or its file cannot be read to its end.
+        """
+        ref = self.ref(name)
+        data = torch.empty(count, dtype=torch.uint8)
+        if count:
+            self._fill(ref, ref.start + start, tensor_bytes(data))
+        return data
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor, at most 16 MiB at a time.
@@ -102,14 +132,19 @@ class TensorReader:
         Raises:
             DamagedError: there is no such tensor, or its file cannot be read to its end.
         """
-        ref = self._ref(name)
+        ref = self.ref(name)
         buffer = memoryview(bytearray(min(CHUNK_BYTES, ref.n_bytes)))
         for start in range(ref.start, ref.stop, CHUNK_BYTES):
             piece = buffer[: min(CHUNK_BYTES, ref.stop - start)]
             self._fill(ref, start, piece)
             yield piece
 
-    def _ref(self, name: str) -> TensorRef:
+    def ref(self, name: str) -> TensorRef:
+        """Return where a tensor lies.
+
+        Raises:
+            DamagedError: there is no such tensor.
+        """
         if name not in self._refs:
             raise DamagedError(
                 f"the model has no tensor '{printable(name)}'",
@@ -135,7 +170,8 @@ class TensorReader:
 
     def _file(self, path: Path) -> BinaryIO:
         if path not in self._files:
-            _ask_the_library(path)
+            if not is_gguf(path):
+                _ask_the_library(path)
             self._files[path] = open_regular(path)[0]
         return self._files[path]
 

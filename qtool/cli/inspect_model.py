@@ -11,6 +11,8 @@ from rich.text import Text
 
 from qtool.checkpoint.locate import locate
 from qtool.checkpoint.untrusted import printable
+from qtool.errors import UsageError
+from qtool.pipeline.inspect_gguf import compare_gguf, inspect_gguf
 from qtool.pipeline.inspection import inspect_model
 from qtool.pipeline.tokenizer_files import compare_models
 
@@ -34,11 +36,18 @@ def run_inspect(
         UnsupportedError: weights that qtool does not read.
         HubError: the hub, the network or authentication.
     """
-    checkpoint = locate(model, revision, offline, headers_only=True)
-    result = inspect_model(checkpoint, list_tensors=tensors)
+    checkpoint = locate(model, revision, offline, headers_only=True, gguf=True)
+    describe = inspect_gguf if checkpoint.gguf else inspect_model
+    result = describe(checkpoint, list_tensors=tensors)
     if diff is not None:
-        other = locate(diff, None, offline, headers_only=True)
-        result["diff"] = compare_models(checkpoint, other)
+        other = locate(diff, None, offline, headers_only=True, gguf=True)
+        if bool(checkpoint.gguf) != bool(other.gguf):
+            raise UsageError(
+                "a GGUF file and a directory hold their tokenizers in ways that do not compare",
+                "give --diff a model of the same kind",
+            )
+        compare = compare_gguf if checkpoint.gguf else compare_models
+        result["diff"] = compare(checkpoint, other)
     return result
 
 
@@ -62,6 +71,8 @@ def next_command(result: Mapping[str, Any]) -> str:
     if "quantize" in support["commands"]:
         group = _group_flag(result["architecture"])
         return f"next: qtool quantize {model} --method awq --bits 4{group}"
+    if result.get("gguf", {}).get("statistics"):
+        return f"next: qtool quantize MODEL --statistics {model}"
     if "eval" in support["commands"]:
         return f"next: qtool eval {model} --ref ORIGINAL"
     return f"qtool can only inspect this model: {printable(support['reason'])}"
@@ -92,18 +103,26 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield the lines of the overview, leaving out what the model does not say."""
     shape, parameters, model = result["architecture"], result["parameters"], result["model"]
     yield "model", str(model["id"]) + (f" @ {model['revision']}" if model["revision"] else "")
-    yield "architecture", f"{shape['name'] or 'not named'} ({shape['model_type'] or 'no config'})"
+    container = result.get("gguf")
+    if container is None:
+        named, kind = shape["name"] or "not named", shape["model_type"] or "no config"
+        yield "architecture", f"{named} ({kind})"
+    else:
+        yield from _container_facts(container, shape["model_type"], result["tensors"]["files"])
+    if container is not None and container["statistics"]:
+        return
     yield "parameters", _parameters(parameters)
     if shape["layers"] is not None:
         yield (
             "shape",
             f"{shape['layers']} layers, hidden {shape['hidden_size']}, intermediate "
-            f"{shape['intermediate_size']}, vocabulary {shape['vocabulary']}",
+            f"{_spread(shape['intermediate_size'])}, vocabulary {shape['vocabulary']}",
         )
         yield (
             "attention",
-            f"{shape['attention_heads']} heads of {shape['head_dim']}, "
-            f"{shape['key_value_heads']} key-value heads, context {shape['context_length']}",
+            f"{_spread(shape['attention_heads'])} heads of {shape['head_dim']}, "
+            f"{_spread(shape['key_value_heads'])} key-value heads, "
+            f"context {shape['context_length']}",
         )
     if shape["experts"]:
         yield "experts", f"{shape['experts']}, {shape['experts_per_token']} per token"
@@ -116,6 +135,34 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "quantization", "none"
     else:
         yield from _quantization_facts(result["quantization"])
+
+
+def _container_facts(
+    container: Mapping[str, Any], architecture: str | None, files: int
+) -> Iterable[tuple[str, str]]:
+    if container["title"]:
+        yield "title", container["title"]
+    if architecture:
+        yield "architecture", architecture
+    parts = f", in {files} parts" if files > 1 else ""
+    yield "file", f"GGUF {container['version']}, {container['file_type'] or 'no file type'}{parts}"
+    statistics = container["statistics"]
+    if statistics:
+        datasets = ", ".join(statistics["datasets"]) or "a text that is not named"
+        yield (
+            "statistics",
+            f"{statistics['entries']} linears over {statistics['chunks']} chunks of "
+            f"{statistics['chunk_size']} tokens",
+        )
+        yield "measured on", datasets
+
+
+def _spread(value: object) -> str:
+    """Return a size, or the range of sizes where every layer has its own."""
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
+        least, most = min(value), max(value)
+        return str(least) if least == most else f"{least} to {most}"
+    return str(value)
 
 
 def _parameters(parameters: Mapping[str, int]) -> str:
@@ -132,7 +179,11 @@ def _short(count: int) -> str:
 
 
 def _tokenizer_facts(tokenizer: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    if tokenizer["sha256"]:
+    if tokenizer.get("tokens"):
+        named = "/".join(filter(None, (tokenizer["class"], tokenizer["pre"])))
+        digest = tokenizer["sha256"][:HASH_CHARACTERS]
+        yield "tokenizer", f"{named}, {tokenizer['tokens']:,} tokens, sha256 {digest}"
+    elif tokenizer["sha256"]:
         names = ", ".join(file["name"] for file in tokenizer["files"])
         yield "tokenizer", f"{names}, sha256 {tokenizer['sha256'][:HASH_CHARACTERS]}"
     else:
@@ -149,7 +200,10 @@ def _quantization_facts(quantization: Mapping[str, Any]) -> Iterable[tuple[str, 
     spread = {None: "", 0: "", -1: ", one scale per row"}.get(group, f", group size {group}")
     sign = {True: ", symmetric", False: ", asymmetric", None: ""}[quantization["symmetric"]]
     bits = " and ".join(quantization["bits_by_modules"]) or quantization["bits"]
-    yield "quantization", f"{quantization['method']}, {bits} bits{spread}{sign}"
+    method = quantization["method"]
+    if method == "gguf" and quantization["variant"]:
+        method = f"{method} {quantization['variant']}"
+    yield "quantization", f"{method}, {bits} bits{spread}{sign}"
     if quantization["bits_per_weight"] is not None:
         yield (
             "bits per weight",
@@ -161,11 +215,15 @@ def _quantization_facts(quantization: Mapping[str, Any]) -> Iterable[tuple[str, 
 
 def _dtypes(tensors: Mapping[str, Any]) -> Table:
     table = Table("dtype", "tensors", "parameters", "bytes", box=None, pad_edge=False)
+    of_blocks = any("bits_per_weight" in row for row in tensors["by_dtype"])
+    if of_blocks:
+        table.add_column("bits")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in tensors["by_dtype"]:
-        figures = (f"{row[key]:,}" for key in ("tensors", "parameters", "bytes"))
-        table.add_row(row["dtype"], *figures)
+        figures = [f"{row[key]:,}" for key in ("tensors", "parameters", "bytes")]
+        bits = [f"{row['bits_per_weight']:.4g}"] if of_blocks else []
+        table.add_row(row["dtype"], *figures, *bits)
     total = f"{tensors['bits_per_weight']:.3f} bits per weight"
     table.add_row("all", f"{tensors['count']:,}", total, f"{tensors['bytes']:,}")
     return table

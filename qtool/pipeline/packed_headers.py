@@ -31,6 +31,7 @@ ENGINES = {
     "fp8": ("vLLM", "transformers"),
     "fbgemm_fp8": ("vLLM", "transformers"),
     "mxfp4": ("vLLM", "transformers"),
+    "gguf": ("llama.cpp", "Ollama", "LM Studio"),
 }
 
 # The last part of a tensor's name, after its module, where it describes a quantized weight.

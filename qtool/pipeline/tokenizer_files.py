@@ -75,10 +75,10 @@ def compare_models(left: Checkpoint, right: Checkpoint) -> dict[str, Any]:
     ]
     return {
         "other": right.source,
-        "tokenizer": _pair(ours["sha256"], theirs["sha256"]),
-        "chat_template": _pair(*templates),
-        "special_tokens": _differences(ours["special"], theirs["special"]),
-        "config": _differences(_flat(left.config), _flat(right.config)),
+        "tokenizer": pair(ours["sha256"], theirs["sha256"]),
+        "chat_template": pair(*templates),
+        "special_tokens": differences(ours["special"], theirs["special"]),
+        "config": differences(_flat(left.config), _flat(right.config)),
     }
 
 
@@ -119,7 +119,8 @@ def _special_tokens(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _pair(left: object, right: object) -> dict[str, Any]:
+def pair(left: object, right: object) -> dict[str, Any]:
+    """Return two values and whether they are the same."""
     return {"same": left == right, "left": left, "right": right}
 
 
@@ -136,7 +137,8 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[dict[str, Any]]:
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each key that only one side has, or both with different values."""
     return [
         {"key": key, "left": left.get(key), "right": right.get(key)}
         for key in sorted(left.keys() | right.keys())
