@@ -1,36 +1,80 @@
 """Calibration statistics as an importance-matrix GGUF, the layout that llama.cpp's tools use.
 
-For each linear: `NAME.in_sum2` [1, C] float32, the sum of x^2, and `NAME.counts` [1, 1], the
-tokens summed over; NAME is llama.cpp's tensor name. qtool adds `NAME.in_abs` [1, C], the sum of
-|x|, which AWQ needs and other readers skip. Layout: llama.cpp, tools/imatrix.
+For each tensor: `NAME.in_sum2` [matrices, C] float32, the sum of x^2, and `NAME.counts`
+[matrices, 1], the tokens summed over; NAME is llama.cpp's tensor name, and there is more than one
+matrix where a tensor holds the experts of a layer. qtool adds `NAME.in_abs` [1, C], the sum of
+|x|, which AWQ needs and other readers skip. llama.cpp's own files may add `in_sum` and `stats`,
+which qtool skips. Layout: llama.cpp b11549, tools/imatrix and common/imatrix-loader.cpp.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from qtool.calibration.importance_repair import Faults, Floats, usable_magnitudes, usable_means
+from qtool.calibration.legacy_imatrix import LONGEST_NAME, looks_legacy, read_legacy
 from qtool.calibration.moments import Moments
+from qtool.checkpoint.gguf_header import MAGIC, GgufContents, read_gguf
+from qtool.checkpoint.header import TensorRef
+from qtool.checkpoint.untrusted import printable, shown_path
 from qtool.errors import DamagedError, UsageError
 
 SUM_SQUARES, SUM_ABSOLUTE, COUNTS = ".in_sum2", ".in_abs", ".counts"
-MAGIC = b"GGUF"
+CHUNK_COUNT, CHUNK_SIZE, DATASETS = (
+    "imatrix.chunk_count",
+    "imatrix.chunk_size",
+    "imatrix.datasets",
+)
+LEGACY_CHUNK = 512  # tokens of a call; the old files do not say, and this is llama.cpp's default
+HINT = "make one with: qtool calibrate MODEL -o stats.gguf"
+
+
+@dataclass(frozen=True)
+class ExpertMoments:
+    """Mean x^2 of the inputs of each expert of one tensor.
+
+    Args:
+        counts: [experts] float32, tokens that each expert saw.
+        diagonal: [experts, C] float32; ones where there was no token.
+    """
+
+    counts: Tensor
+    diagonal: Tensor
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Diagonal moments of the inputs of linears, by llama.cpp's tensor name."""
+    """Diagonal moments of the inputs of linears, by llama.cpp's tensor name.
+
+    Args:
+        moments: of tensors with one set of inputs. Where a file does not tell experts apart, they
+            lie end to end in one vector.
+        datasets: what the text was; base names.
+        windows: of it.
+        sequence_length: tokens of a window.
+        experts: of tensors that hold several matrices, each with inputs of its own.
+        warnings: one line for each kind of thing that was wrong in a file.
+    """
 
     moments: Mapping[str, Moments]
     datasets: tuple[str, ...]
     windows: int
     sequence_length: int
+    experts: Mapping[str, ExpertMoments] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def importance(self, name: str) -> Tensor | None:
+        """Return mean x^2 of a tensor's inputs, [C] or [experts, C]; None if it is not known."""
+        if name in self.experts:
+            return self.experts[name].diagonal
+        return self.moments[name].diagonal if name in self.moments else None
 
 
 def tensor_names(architecture: str, n_blocks: int, linears: list[str]) -> dict[str, str]:
@@ -55,9 +99,9 @@ def write_statistics(path: Path, statistics: Statistics, architecture: str) -> N
 
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", list(statistics.datasets))
-    writer.add_uint32("imatrix.chunk_count", statistics.windows)
-    writer.add_uint32("imatrix.chunk_size", statistics.sequence_length)
+    writer.add_array(DATASETS, list(statistics.datasets) or ["unknown"])
+    writer.add_uint32(CHUNK_COUNT, statistics.windows)
+    writer.add_uint32(CHUNK_SIZE, statistics.sequence_length)
     for name, moments in statistics.moments.items():
         count = float(moments.tokens)
         squares = (moments.diagonal.cpu() * count).numpy()[None]
@@ -65,6 +109,10 @@ def write_statistics(path: Path, statistics: Statistics, architecture: str) -> N
         writer.add_tensor(name + SUM_SQUARES, np.ascontiguousarray(squares, np.float32))
         writer.add_tensor(name + COUNTS, np.full((1, 1), count, np.float32))
         writer.add_tensor(name + SUM_ABSOLUTE, np.ascontiguousarray(absolute, np.float32))
+    for name, found in statistics.experts.items():
+        counts = found.counts[:, None]
+        writer.add_tensor(name + SUM_SQUARES, (found.diagonal * counts).contiguous().numpy())
+        writer.add_tensor(name + COUNTS, counts.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,69 +120,146 @@ def write_statistics(path: Path, statistics: Statistics, architecture: str) -> N
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read a file that `write_statistics` or llama.cpp's own tool wrote.
+    """Read what `write_statistics` or llama.cpp's own tool wrote, in GGUF or its older form.
+
+    Values that cannot be sums of squares are replaced, and a tensor without usable ones is left
+    out; `warnings` says so.
 
     Raises:
-        UsageError: no such file, or not statistics in GGUF.
-        DamagedError: truncated, or values that cannot be sums of squares.
+        UsageError: no such file, or not statistics.
+        DamagedError: truncated or malformed.
     """
-    import gguf
-
-    hint = "make one with: qtool calibrate MODEL -o stats.gguf"
     try:
+        if not path.is_file():
+            reason = "it is not a file" if path.exists() else "there is none"
+            raise UsageError(f"cannot read statistics {shown_path(path)}: {reason}", HINT)
         with path.open("rb") as file:
-            magic = file.read(4)
+            beginning = file.read(8 + LONGEST_NAME)
     except OSError as error:
-        raise UsageError(f"cannot read statistics {path}: {error.strerror}", hint) from error
-    if magic != MAGIC:
-        raise UsageError(f"{path} is not a GGUF statistics file", hint)
-    try:
-        reader = gguf.GGUFReader(str(path))
-        tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
-        fields = {k: f.contents() for k, f in reader.fields.items() if k.startswith("imatrix.")}
-        chunks = int(fields.get("imatrix.chunk_count") or 0)
-        length = int(fields.get("imatrix.chunk_size") or 0)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise DamagedError(f"{path} is truncated or malformed: {error}", hint) from error
-    moments = {
-        name.removesuffix(SUM_SQUARES): _moments(path, name.removesuffix(SUM_SQUARES), tensors)
-        for name in tensors
-        if name.endswith(SUM_SQUARES)
-    }
-    if not moments:
-        raise UsageError(f"{path} holds no calibration statistics", hint)
+        raise UsageError(
+            f"cannot read statistics {shown_path(path)}: {error.strerror}", HINT
+        ) from error
+    if beginning.startswith(MAGIC):
+        return _from_gguf(read_gguf(path))
+    if looks_legacy(beginning):
+        return _from_legacy(path)
+    raise UsageError(f"{shown_path(path)} is not a statistics file", HINT)
+
+
+def _from_gguf(contents: GgufContents) -> Statistics:
+    where = shown_path(contents.path)
+    refs = {ref.name: ref for ref in contents.tensors}
+    names = [name.removesuffix(SUM_SQUARES) for name in refs if name.endswith(SUM_SQUARES)]
+    if not names:
+        raise UsageError(f"{where} holds no calibration statistics", HINT)
+    moments: dict[str, Moments] = {}
+    experts: dict[str, ExpertMoments] = {}
+    faults = Faults()
+    for name in names:
+        squares, counts, absolute = _sums(where, name, refs)
+        means = usable_means(name, squares, counts, faults)
+        if means is None:
+            continue
+        if len(counts) > 1:
+            tokens = np.where(np.isfinite(counts) & (counts > 0), counts, 0).astype(np.float32)
+            experts[name] = ExpertMoments(torch.from_numpy(tokens), torch.from_numpy(means))
+            continue
+        magnitudes = usable_magnitudes(absolute, counts, means)
+        moments[name] = _moments(round(float(counts[0])), magnitudes, means)
     return Statistics(
         moments,
-        tuple(_strings(fields.get("imatrix.datasets"))),
-        chunks,
-        length,
+        _datasets(contents),
+        _integer(contents, CHUNK_COUNT),
+        _integer(contents, CHUNK_SIZE),
+        experts,
+        faults.warnings(where),
     )
 
 
-def _moments(path: Path, name: str, tensors: Mapping[str, Any]) -> Moments:
-    squares = tensors[name + SUM_SQUARES].reshape(-1)
-    counts = tensors.get(name + COUNTS)
-    if counts is None or counts.size != 1 or not 1 <= counts.flat[0] < math.inf:
-        raise DamagedError(f"{path}: '{name}' has no token count", "run qtool calibrate again")
-    count = float(counts.flat[0])
-    absolute = tensors.get(name + SUM_ABSOLUTE)
-    sums = [squares] if absolute is None else [squares, absolute]
-    if any(not np.isfinite(values).all() or (values < 0).any() for values in sums):
+def _sums(
+    where: str, name: str, refs: Mapping[str, TensorRef]
+) -> tuple[Floats, Floats, Floats | None]:
+    """Read sums of squares [matrices, C], counts [matrices] and, if there, sums of |x|."""
+    squares = _floats(where, refs[name + SUM_SQUARES])
+    if name + COUNTS not in refs:
         raise DamagedError(
-            f"{path}: '{name}' has sums that are negative or not finite",
+            f"{where}: '{printable(name)}' has no token counts", "run qtool calibrate again"
+        )
+    counts = _floats(where, refs[name + COUNTS])
+    absolute = None
+    if name + SUM_ABSOLUTE in refs:
+        absolute = _floats(where, refs[name + SUM_ABSOLUTE])
+        if absolute.size != squares.size:
+            raise DamagedError(
+                f"{where}: '{printable(name)}' has {squares.size} sums of squares but "
+                f"{absolute.size} of |x|",
+                "run qtool calibrate again",
+            )
+    if squares.size % counts.size:
+        raise DamagedError(
+            f"{where}: '{printable(name)}' has {squares.size} sums of squares for {counts.size} "
+            "token counts",
             "run qtool calibrate again",
         )
-    if absolute is not None and absolute.size != squares.size:
+    shape = (counts.size, squares.size // counts.size)
+    return squares.reshape(shape), counts, None if absolute is None else absolute.reshape(shape)
+
+
+def _floats(where: str, ref: TensorRef) -> Floats:
+    """Return a tensor's values, flat."""
+    if ref.dtype != "F32":
         raise DamagedError(
-            f"{path}: '{name}' has {squares.size} sums of squares but {absolute.size} of |x|",
-            "run qtool calibrate again",
+            f"{where}: '{printable(ref.name)}' is {ref.dtype}, not F32", "run qtool calibrate again"
         )
-    # llama.cpp's files have no mean |x|; the root mean square orders inputs almost alike.
-    mean = np.sqrt(squares / count) if absolute is None else absolute.reshape(-1) / count
-    return Moments(int(count), torch.from_numpy(mean.copy()), torch.from_numpy(squares / count))
+    try:
+        raw = np.fromfile(ref.file, "<f4", ref.n_bytes // 4, offset=ref.start)
+    except OSError as error:
+        raise DamagedError(f"{where} cannot be read: {error.strerror}", HINT) from error
+    if raw.nbytes != ref.n_bytes:
+        raise DamagedError(f"{where} was cut short while it was read", HINT)
+    return raw.astype(np.float32)
 
 
-def _strings(value: Any) -> list[str]:
+def _from_legacy(path: Path) -> Statistics:
+    found = read_legacy(path)
+    moments: dict[str, Moments] = {}
+    faults = Faults()
+    for name, entry in found.entries.items():
+        calls = max(entry.calls, 1)  # where there are none, llama.cpp takes the values as means
+        counts = np.full(1, calls, np.float32)
+        means = usable_means(name, entry.sums[None], counts, faults)
+        if means is not None:
+            magnitudes = usable_magnitudes(None, counts, means)
+            moments[name] = _moments(calls * LEGACY_CHUNK, magnitudes, means)
+    datasets = (Path(found.dataset).name,) if found.dataset else ()
+    return Statistics(
+        moments, datasets, found.chunks, LEGACY_CHUNK, {}, faults.warnings(shown_path(path))
+    )
+
+
+def _moments(tokens: int, magnitudes: Floats, means: Floats) -> Moments:
+    return Moments(tokens, torch.from_numpy(magnitudes[0]), torch.from_numpy(means[0]))
+
+
+def _integer(contents: GgufContents, key: str) -> int:
+    value = contents.metadata.get(key)
     if value is None:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        return 0
+    if type(value.content) is not int or value.content < 0:
+        raise DamagedError(
+            f"{shown_path(contents.path)} is malformed: {key} is {printable(value.content)}", HINT
+        )
+    return value.content
+
+
+def _datasets(contents: GgufContents) -> tuple[str, ...]:
+    value = contents.metadata.get(DATASETS)
+    content: Any = () if value is None else value.content
+    items = content if isinstance(content, tuple) else (content,)
+    # llama.cpp writes whole paths; where somebody kept a text is nobody's business.
+    return tuple(public_name(str(item)) for item in items)
+
+
+def public_name(dataset: str) -> str:
+    """Return a dataset's name as a file may carry it: a hub's whole, of a path the last part."""
+    return dataset if dataset.startswith("hf:") else Path(dataset).name

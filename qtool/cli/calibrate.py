@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
 
 from qtool.cli import options
 from qtool.cli.session import session
 from qtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from qtool.calibration.statistics_file import Statistics
+    from qtool.checkpoint.locate import Checkpoint
+    from qtool.pipeline.progress import Progress
 
 
 def calibrate(
@@ -21,6 +29,10 @@ def calibrate(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    merge: Annotated[
+        Optional[list[Path]],  # noqa: UP045 - typer reads this at run time
+        typer.Option("--merge", metavar="OTHER", help="Statistics to add. Repeatable."),
+    ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -36,6 +48,7 @@ def calibrate(
         from rich.text import Text
 
         from qtool import device as devices
+        from qtool.calibration.merging import merged
         from qtool.checkpoint.locate import locate
         from qtool.checkpoint.untrusted import printable
         from qtool.cli.calibration_data import calibration_windows
@@ -58,9 +71,12 @@ def calibrate(
         checkpoint = locate(model, revision, offline)
         family = family_of(checkpoint.config)
         progress = terminal.progress()
+        others = _others(merge or [], checkpoint, progress)
         data = calibration_windows(checkpoint, recipe, progress)
         budget = None if max_ram is None else parse_size(max_ram)
         found = run(checkpoint, data, devices.resolve(device), progress, held_bytes=budget)
+        for other in others:
+            found = merged(found, other)
         save_statistics(found, family.gguf_architecture, output, overwrite=overwrite)
         result = {
             "schema": "qtool.calibrate/1",
@@ -84,3 +100,16 @@ def calibrate(
         )
         lines = "\n".join(printable(line) for line in shown.split("\n"))
         terminal.result(result, Text(lines, no_wrap=True, overflow="ignore"))
+
+
+def _others(paths: list[Path], checkpoint: Checkpoint, progress: Progress) -> list[Statistics]:
+    """Read the statistics to be merged before anything is computed, and warn of their faults."""
+    from qtool.pipeline.calibrate import statistics_for
+
+    found = []
+    for path in paths:
+        _, statistics = statistics_for(path, checkpoint, complete=False)
+        for message in statistics.warnings:
+            progress.warn("statistics", message)
+        found.append(statistics)
+    return found

@@ -13,6 +13,9 @@ from qtool.cli.session import session
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from qtool.calibration.datasets import DatasetSpec
+    from qtool.calibration.tokens import Windows
+    from qtool.checkpoint.locate import Checkpoint
     from qtool.evaluation.perplexity import Estimate
     from qtool.pipeline.evaluate import Evaluated
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Directories: float, gptq, awq, compressed-tensors."),
+        typer.Argument(metavar="MODEL", help="Directories, float or packed, and .gguf files."),
     ],
     reference: Annotated[
         Optional[str],  # noqa: UP045
@@ -52,24 +55,42 @@ def evaluate(
     ) as terminal:
         from qtool import device as devices
         from qtool.calibration.datasets import parse_dataset
-        from qtool.calibration.tokens import evaluation_windows
         from qtool.checkpoint.locate import locate
-        from qtool.cli.calibration_data import load_tokenizer
         from qtool.pipeline.evaluate import evaluate as run
 
         target = devices.resolve(device)
-        original = None if reference is None else locate(reference, revision, offline)
+        original = None if reference is None else locate(reference, revision, offline, gguf=True)
         # --revision is that of the original, or without one of the models themselves.
         own = revision if reference is None else None
-        found = [locate(name, own, offline) for name in models]
-        tokenizer = load_tokenizer(original or found[0])
-        text = parse_dataset(data)
+        found = [locate(name, own, offline, gguf=True) for name in models]
         limit = None if every else windows
-        tokens = evaluation_windows(tokenizer, text, length=context, limit=limit)
+        tokens = _windows(original, found, parse_dataset(data), context, limit)
         results = run(found, original, tokens, target, terminal.progress(), dtype=dtype)
         terminal.result(
             _result(results, tokens, data, context), _table(results, reference, data, context)
         )
+
+
+def _windows(
+    original: Checkpoint | None,
+    models: list[Checkpoint],
+    text: DatasetSpec,
+    context: int,
+    limit: int | None,
+) -> Windows:
+    """Tokenize the text as the original does, or else a directory, or else the first model."""
+    from qtool.calibration.tokens import evaluation_windows
+
+    directories = (model for model in models if not model.gguf)
+    chosen = original or next(directories, models[0])
+    if chosen.gguf:
+        from qtool.evaluation.gguf_model import GgufTokenizer
+
+        with GgufTokenizer(chosen) as tokenizer:
+            return evaluation_windows(tokenizer, text, length=context, limit=limit)
+    from qtool.cli.calibration_data import load_tokenizer
+
+    return evaluation_windows(load_tokenizer(chosen), text, length=context, limit=limit)
 
 
 def _result(results: list[Evaluated], windows: Any, data: str, context: int) -> dict[str, Any]:
@@ -101,6 +122,13 @@ def _result(results: list[Evaluated], windows: Any, data: str, context: int) -> 
 
 
 def _format_name(result: Evaluated) -> str:
+    if result.checkpoint.gguf:
+        from qtool.formats.gguf_file_types import FILE_TYPES
+
+        kind = result.checkpoint.gguf[0].metadata.get("general.file_type")
+        number = None if kind is None else kind.content
+        name = next((t.name for t in FILE_TYPES.values() if t.number == number), None)
+        return "gguf" if name is None else f"gguf:{name}"
     declared = result.checkpoint.config.get("quantization_config") or {}
     return str(declared.get("quant_method", "float"))
 

@@ -1,9 +1,13 @@
-"""Run any directory that qtool reads - float or packed - on token windows, block by block."""
+"""Run anything that qtool evaluates on token windows.
+
+Directories - float or packed - go through block by block; GGUF files are llama.cpp's business.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +20,20 @@ from qtool.model.family import family_of
 from qtool.model.skeleton import Skeleton
 from qtool.model.streaming import Stream, advance, embedding_path
 from qtool.model.trace import final_norm, head_logits
+
+
+class Runner(Protocol):
+    """A model that has been given its windows."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it predicts."""
+
+    def logits(self) -> Iterator[Tensor]:
+        """Yield the logits [length, vocabulary] float32 of one window after the other."""
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class StreamedModel:
@@ -75,6 +93,16 @@ class StreamedModel:
         embeddings = embedding_path(skeleton)
         tied = source.read(f"{embeddings}.weight")
         skeleton.assign(skeleton.model.get_submodule(head), {"weight": tied})
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it predicts."""
+        skeleton = self._skeleton
+        return int(skeleton.model.get_submodule(skeleton.family.head).weight.shape[0])
+
+    def close(self) -> None:
+        """Free the head; the hidden states go with the object."""
+        self._skeleton.drop(self._skeleton.family.head)
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:

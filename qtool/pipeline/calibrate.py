@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qtool import device as devices
-from qtool.calibration.moments import Moments
+from qtool.calibration.importance_repair import listed
+from qtool.calibration.moments import Moments, MomentSums
 from qtool.calibration.statistics_file import (
     Statistics,
+    public_name,
     read_statistics,
     tensor_names,
     write_statistics,
@@ -21,13 +26,20 @@ from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import sync, write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
+from qtool.model.conversion import is_tied
 from qtool.model.family import Family, family_of
 from qtool.model.skeleton import Skeleton
 from qtool.model.streaming import Stream, observe
-from qtool.pipeline.plan import STORED_DTYPES
+from qtool.model.trace import final_norm
+from qtool.pipeline.linears import STORED_DTYPES
 from qtool.pipeline.progress import Progress
+
+OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
+# What the caller knows of a tensor: its columns, or its matrices and their columns.
+Columns = int | tuple[int, int]
 
 
 @torch.no_grad()
@@ -40,6 +52,9 @@ def calibrate(
     held_bytes: int | None = None,
 ) -> Statistics:
     """Return mean |x| and mean x^2 of the inputs of every linear, from one streamed pass.
+
+    The head's are among them: under the name of the tensor that serves as head, `output.weight`,
+    or `token_embd.weight` where the embeddings do.
 
     Raises:
         UnsupportedError: the model's family is not supported.
@@ -77,14 +92,36 @@ def calibrate(
                 moments.update({f"{path}.{linear}": seen[tap.name] for linear in tap.linears})
             skeleton.drop(path)
             progress.advance(f"block {index + 1} of {n_blocks}")
+        head = _head_inputs(skeleton, source, stream)
         progress.finish()
     names = tensor_names(family.gguf_architecture, n_blocks, list(moments))
     return Statistics(
-        {names[linear]: found for linear, found in moments.items()},
-        tuple(source.name for source in windows.sources),
+        {names[linear]: found for linear, found in moments.items()}
+        | {EMBEDDINGS if is_tied(checkpoint.config, family) else OUTPUT: head},
+        tuple(public_name(source.name) for source in windows.sources),
         len(windows.ids),
         int(windows.ids.shape[1]),
     )
+
+
+def _head_inputs(skeleton: Skeleton, source: DenseSource, stream: Stream) -> Moments:
+    """Return the moments of what the head reads: the last block's output behind the final norm."""
+    path = final_norm(skeleton.family)
+    skeleton.load(path, source)
+    norm = skeleton.model.get_submodule(path)
+    sums: MomentSums | None = None
+    for batch in stream.hidden:
+        normed = norm(batch)
+        inputs = normed.reshape(-1, normed.shape[-1])
+        if sums is None:
+            sums = MomentSums(inputs.shape[1], inputs.device, hessian=False)
+        sums.add(inputs)
+    skeleton.drop(path)
+    if sums is None:
+        raise RuntimeError("there are no batches")
+    found = sums.result()
+    check_finite("input of the head", found.diagonal)
+    return found
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -119,32 +156,90 @@ def save_statistics(
 
 
 def statistics_for(
-    path: Path, checkpoint: Checkpoint
+    path: Path, checkpoint: Checkpoint, *, complete: bool = True
 ) -> tuple[Mapping[int, Mapping[str, Moments]], Statistics]:
     """Read a statistics file and give its moments to the taps of each block.
 
+    Args:
+        path: of the file.
+        checkpoint: the model.
+        complete: refuse a file that lacks a tap. Otherwise such taps are missing from the result,
+            and a warning says so: their linears are rounded without importance.
+
     Raises:
-        UsageError: the file lacks a linear of this model, or was made with another model.
+        UsageError: the file was made with another model, or lacks a linear that is needed.
         DamagedError: it is malformed.
     """
     family: Family = family_of(checkpoint.config)
     statistics = read_statistics(path)
     n_blocks = int(checkpoint.config["num_hidden_layers"])
-    firsts = {
-        (block, tap.name): f"{family.blocks}.{block}.{tap.linears[0]}"
+    places = {
+        f"{family.blocks}.{block}.{linear}": (block, tap.name)
         for block in range(n_blocks)
         for tap in family.taps
+        for linear in tap.linears
     }
-    names = tensor_names(family.gguf_architecture, n_blocks, list(firsts.values()))
-    found: dict[int, dict[str, Moments]] = {}
-    for (block, tap), linear in firsts.items():
+    names = tensor_names(family.gguf_architecture, n_blocks, list(places))
+    found: dict[int, dict[str, Moments]] = {block: {} for block in range(n_blocks)}
+    missing: dict[tuple[int, str], str] = {}
+    for linear, (block, tap) in places.items():
         moments = statistics.moments.get(names[linear])
         columns = checkpoint.refs[f"{linear}.weight"].shape[1]
-        if moments is None or moments.diagonal.numel() != columns:
-            what = "lacks" if moments is None else "has another size for"
-            raise UsageError(
-                f"{path} {what} '{names[linear]}' ({linear}, {columns} inputs)",
-                "the statistics were made with another model; run qtool calibrate on this one",
-            )
-        found.setdefault(block, {})[tap] = moments
-    return found, statistics
+        if moments is None:
+            missing.setdefault((block, tap), names[linear])
+            continue
+        if moments.diagonal.numel() != columns:
+            raise _of_another_model(path, f"has another size for '{names[linear]}'", columns)
+        found[block].setdefault(tap, moments)
+    absent = [name for (block, tap), name in missing.items() if tap not in found[block]]
+    if absent and (complete or not any(found.values())):
+        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+    return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
+
+
+def importance_for(
+    path: Path, names: Mapping[str, Columns]
+) -> tuple[dict[str, Tensor], Statistics]:
+    """Read a statistics file and return mean x^2 of the inputs of the tensors asked for.
+
+    Args:
+        path: of the file.
+        names: llama.cpp's tensor name -> its columns C, or (matrices, C) where it holds several.
+
+    Returns:
+        Name -> [C], or [matrices, C] float32, for those of `names` that the file knows; and the
+        statistics, with a warning about the others (but not about the embeddings and the head,
+        which llama.cpp's tool leaves out unless asked).
+
+    Raises:
+        UsageError: another size for a tensor, or none of them: made with another model.
+        DamagedError: it is malformed.
+    """
+    statistics = read_statistics(path)
+    found: dict[str, Tensor] = {}
+    for name, columns in names.items():
+        importance = statistics.importance(name)
+        if importance is None:
+            continue
+        shape = (columns,) if isinstance(columns, int) else columns
+        if importance.numel() != math.prod(shape):
+            raise _of_another_model(path, f"has another size for '{name}'", columns)
+        found[name] = importance.reshape(shape)
+    absent = [name for name in names if name not in found and name not in {OUTPUT, EMBEDDINGS}]
+    if absent and not found:
+        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+    return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
+
+
+def _lacking(path: Path, absent: list[str]) -> tuple[str, ...]:
+    if not absent:
+        return ()
+    return (f"{shown_path(path)} lacks {listed(absent)}: rounded without importance",)
+
+
+def _of_another_model(path: Path, what: str, columns: Columns | None) -> UsageError:
+    expected = "" if columns is None else f" ({columns} inputs)"
+    return UsageError(
+        f"{shown_path(path)} {what}{expected}",
+        "the statistics were made with another model; run qtool calibrate on this one",
+    )
