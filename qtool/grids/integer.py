@@ -205,10 +205,6 @@ class IntegerGrid:
         """Return the parameters of rows `start` to `stop`."""
         return IntegerParameters(parameters.scale[start:stop], parameters.zero[start:stop])
 
-    def scale_rows(self, parameters: IntegerParameters, factor: Tensor) -> IntegerParameters:
-        """Multiply the decoded rows by factor [R]; exact but for the scales' own rounding."""
-        return IntegerParameters(self.storable(parameters.scale * factor[:, None]), parameters.zero)
-
 
 class IntegerColumns:
     """Rounds single columns; keeps scales transposed so that a column's are contiguous."""

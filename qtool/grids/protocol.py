@@ -64,9 +64,6 @@ class Grid(Protocol):
     def rows(self, parameters: Any, start: int, stop: int) -> Any:
         """Return the parameters of rows `start` to `stop`."""
 
-    def scale_rows(self, parameters: Any, factor: Tensor) -> Any:
-        """Return parameters whose decoded row r is multiplied by factor[r] (factor [R] > 0)."""
-
 
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -90,6 +87,11 @@ class QuantizedTensor:
         """Return the same in host memory."""
         moved = {f.name: getattr(self.parameters, f.name).cpu() for f in fields(self.parameters)}
         return QuantizedTensor(self.codes.cpu(), type(self.parameters)(**moved), self.grid)
+
+    def select_rows(self, order: Tensor) -> QuantizedTensor:
+        """Return the rows named by `order`, int64, in that order."""
+        taken = {f.name: getattr(self.parameters, f.name)[order] for f in fields(self.parameters)}
+        return QuantizedTensor(self.codes[order], type(self.parameters)(**taken), self.grid)
 
     def split_rows(self, sizes: list[int]) -> list[QuantizedTensor]:
         """Take a tensor that was rounded as one apart into matrices of `sizes` rows."""

@@ -391,20 +391,6 @@ def test_joined_matrices_come_apart_again(rows, columns, group, granularity):
     assert torch.equal(middle.scale, fits[1].scale)
 
 
-def test_scaled_rows_decode_to_scaled_values():
-    grid = make(4, False, 20, scale_dtype=torch.float16)
-    weight = heavy_tailed(33, 100, seed=14)
-    parameters = grid.fit(weight)
-    codes = grid.encode(weight, parameters)
-    exact = torch.tensor([2.0 ** (row % 5 - 2) for row in range(33)])
-    scaled = grid.scale_rows(parameters, exact)
-    assert torch.equal(grid.decode(codes, scaled), grid.decode(codes, parameters) * exact[:, None])
-    odd = grid.scale_rows(parameters, torch.full((33,), 1 / 3))
-    expected = grid.decode(codes, parameters) / 3
-    torch.testing.assert_close(grid.decode(codes, odd), expected, rtol=2**-11, atol=0)
-    assert torch.equal(odd.scale, odd.scale.half().float())
-
-
 @pytest.mark.parametrize(
     ("grid", "shape", "bits"),
     [
@@ -446,7 +432,6 @@ def test_inputs_are_not_modified(search, granularity):
     codes = grid.encode(weight, parameters)
     kept = codes.clone()
     grid.decode(codes, parameters)
-    grid.scale_rows(parameters, torch.full((7,), 3.0))
     assert torch.equal(weight, before[0])
     assert torch.equal(importance, before[1])
     assert torch.equal(parameters.scale, fitted[0])
