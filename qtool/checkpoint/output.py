@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qtool.checkpoint.gguf_split import model_stem
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 
@@ -78,13 +79,21 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
             "choose another --output, or replace it with --overwrite",
         )
     here = Path.cwd()
-    if final in {Path.home(), here} or final in here.parents or not set(MODEL_MARKS) & set(names):
+    model = bool(set(MODEL_MARKS) & set(names)) or _one_gguf(names)
+    if final in {Path.home(), here} or final in here.parents or not model:
         raise UsageError(
             f"the output {shown} does not look like a model, so it is not overwritten",
-            f"--overwrite replaces a directory with {' or '.join(MODEL_MARKS)}; choose another "
-            "--output or remove it yourself",
+            f"--overwrite replaces a directory with {' or '.join(MODEL_MARKS)}, or with one GGUF "
+            "model and nothing else; choose another --output or remove it yourself",
         )
     return final
+
+
+def _one_gguf(names: Sequence[str]) -> bool:
+    """Tell a directory that holds one GGUF model from a collection of somebody's models."""
+    weights = [name for name in names if name.endswith(".gguf")]
+    one = len({model_stem(name) for name in weights}) == 1
+    return one and set(names) - set(weights) <= {"Modelfile"}
 
 
 def _refuse_overlap(final: Path, source: Path) -> None:
@@ -211,16 +220,20 @@ class OutputFile(OutputDirectory):
         stem = self.final.stem
         parts = sorted(self.partial.glob("*.gguf"))
         others = [self.partial / name for name in self.COMPANIONS]
+        replaced = {*_parts_of(self.final), self.final}
         try:
-            for path in [*(p for p in others if p.exists()), *parts]:
+            # Programs load a model by its first part: it appears when the others are there.
+            for path in [*(p for p in others if p.exists()), *reversed(parts)]:
                 sync(path)
                 name = path.name if path in parts else f"{stem}.{path.name}"
                 path.rename(self.final.with_name(name))
+            for path in replaced - {self.final.with_name(part.name) for part in parts}:
+                path.unlink(missing_ok=True)  # else two models would share the name
             sync(self.final.parent)
         except OSError as error:
             raise write_error(self.final, error) from error
         self._created_parents.clear()
-        return self.final if len(parts) == 1 else self.final.with_name(parts[0].name)
+        return self.final.with_name(parts[0].name)
 
 
 def check_output_file(
@@ -235,17 +248,25 @@ def check_output_file(
     if final.is_symlink():
         raise UsageError(f"the output {shown} is a link", "give the file it points to")
     final = final.parent.resolve() / final.name
-    if final in [source.resolve() for source in sources]:
-        raise UsageError(f"the output {shown} is the input", "choose another --output")
+    parts = _parts_of(final)
+    for source in sources:
+        if final == source.resolve() or {source.absolute(), source.resolve()} & set(parts):
+            raise UsageError(f"the output {shown} is the input", "choose another --output")
     if final.is_dir():
         raise UsageError(f"the output {shown} is a directory", "choose another --output")
-    parts = list(final.parent.glob(f"{glob.escape(final.stem)}-?????-of-?????.gguf"))
-    if (final.exists() or parts) and not overwrite:
+    # Somebody may have edited a Modelfile.
+    taken = [path for path in (*parts, final, final.with_suffix(".Modelfile")) if path.exists()]
+    if taken and not overwrite:
         raise UsageError(
-            f"the output {shown_path(parts[0]) if parts else shown} exists",
+            f"the output {shown if taken[0] == final else shown_path(taken[0])} exists",
             "choose another --output, or replace it with --overwrite",
         )
     return final
+
+
+def _parts_of(final: Path) -> list[Path]:
+    """Return the parts of a model in several files that `final` would be in one."""
+    return sorted(final.parent.glob(f"{glob.escape(final.stem)}-?????-of-?????.gguf"))
 
 
 def output_place(
@@ -256,5 +277,9 @@ def output_place(
     Raises:
         UsageError: what is there is in the way.
     """
+    if final.suffix != ".gguf" and final.suffix.lower() == ".gguf":
+        raise UsageError(
+            f"the output {shown_path(final)} ends in {final.suffix}", "write .gguf in small letters"
+        )
     kind = OutputFile if final.suffix == ".gguf" else OutputDirectory
     return kind(final, overwrite=overwrite, sources=sources)

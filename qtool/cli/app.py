@@ -12,6 +12,7 @@ from qtool import __version__
 from qtool.cli import options
 from qtool.cli.calibrate import calibrate
 from qtool.cli.evaluate import evaluate
+from qtool.cli.export import export
 from qtool.cli.quantize import quantize
 from qtool.cli.session import session, show_failure
 from qtool.console import finish_stdout
@@ -29,10 +30,16 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "qtool quantize ./model --method awq --bits 4",
         "qtool quantize ./model -m gptq -b 4 -g 64 -n 64 -l 512 -o ./small",
         "qtool quantize ./model -m rtn -b 8 -f compressed-tensors --ignore down_proj",
+        "qtool quantize ./model -f gguf:Q4_K_M -n 64 -l 512 --modelfile",
     ),
     "calibrate": (
         "qtool calibrate ./model -o stats.gguf -n 32 -l 512",
         "qtool calibrate ./model -o code.gguf -d builtin -n 8 -l 256 --seed 7",
+    ),
+    "export": (
+        "qtool export ./model -f gguf:Q8_0",
+        "qtool export ./model -f gguf:Q4_K_M --statistics stats.gguf -o small.gguf",
+        "qtool export ./model-awq-w4g128 -f safetensors:BF16 -o ./float",
     ),
     "eval": (
         "qtool eval ./model --ctx 512 -n 8",
@@ -94,6 +101,7 @@ def inspect(
 _COMMANDS: Mapping[str, Callable[..., None]] = {
     "quantize": quantize,
     "calibrate": calibrate,
+    "export": export,
     "eval": evaluate,
 }
 for _name, _function in _COMMANDS.items():

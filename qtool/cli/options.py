@@ -79,3 +79,25 @@ MaxRam = Annotated[
         envvar="QTOOL_MAX_RAM",
     ),
 ]
+OutputType = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--output-type", metavar="TYPE", help="gguf: type of the output projection."),
+]
+EmbedType = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--embed-type", metavar="TYPE", help="gguf: type of the token embeddings."),
+]
+Pre = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--pre", metavar="NAME", help="gguf: the pre-tokenizer, if it is unknown."),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="gguf: refuse rows that the type's blocks do not divide.")
+]
+SplitMaxSize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--split-max-size", metavar="SIZE", help="gguf: several files of at most that."),
+]
+Modelfile = Annotated[
+    bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside it.")
+]

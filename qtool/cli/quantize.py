@@ -10,7 +10,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.session import session
-from qtool.errors import UsageError
+from qtool.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from qtool.console import Terminal
@@ -54,7 +54,8 @@ def quantize(
         typer.Option(
             "-f",
             "--format",
-            help="gptq, awq or compressed-tensors. Repeatable: one calibration for all.",
+            help="gptq, awq, compressed-tensors or gguf:TYPE such as gguf:Q4_K_M. Repeatable: one "
+            "calibration for all.",
             show_default="the method's own",
         ),
     ] = None,
@@ -65,7 +66,10 @@ def quantize(
     chat_template: options.ChatTemplate = None,
     statistics: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--statistics", help="From qtool calibrate, instead of a dataset (awq)."),
+        typer.Option(
+            "--statistics",
+            help="From qtool calibrate or llama-imatrix, instead of a dataset (rtn to GGUF, awq).",
+        ),
     ] = None,
     act_order: Annotated[
         Optional[bool],  # noqa: UP045
@@ -100,7 +104,9 @@ def quantize(
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            "--override", metavar="PATTERN=bits:8", help="Another scheme for some. Repeatable."
+            "--override",
+            metavar="PATTERN=bits:8",
+            help="Another scheme for some; for GGUF PATTERN=Q6_K. Repeatable.",
         ),
     ] = None,
     recipe: Annotated[
@@ -116,6 +122,12 @@ def quantize(
         Optional[str],  # noqa: UP045
         typer.Option("--max-shard-size", help="Largest weight file.", show_default="5GB"),
     ] = None,
+    output_type: options.OutputType = None,
+    embed_type: options.EmbedType = None,
+    pre: options.Pre = None,
+    strict: options.Strict = False,
+    split_max_size: options.SplitMaxSize = None,
+    modelfile: options.Modelfile = False,
     max_ram: options.MaxRam = None,
     evaluation: Annotated[
         Optional[str],  # noqa: UP045
@@ -137,7 +149,7 @@ def quantize(
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Quantize a model to 2, 3, 4 or 8 bits and write it for vLLM, GPTQModel or transformers."""
+    """Quantize a model and write it for vLLM, GPTQModel, transformers, llama.cpp or Ollama."""
     with session(
         "quantize", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
     ) as terminal:
@@ -165,6 +177,12 @@ def quantize(
             "revision": revision,
             "max_shard_size": max_shard_size,
             "evaluation": evaluation,
+            "output_type": output_type,
+            "embed_type": embed_type,
+            "pre": pre,
+            "strict": strict,
+            "split_max_size": split_max_size,
+            "modelfile": modelfile,
         }
         built = build_recipe(model, recipe, flags, settings or [])
         _plan_and_run(
@@ -194,55 +212,79 @@ def _plan_and_run(
 ) -> None:
     from qtool import device as devices
     from qtool.checkpoint.locate import locate
-    from qtool.checkpoint.output import check_output
+    from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
     from qtool.cli.recipe_flags import destinations
-    from qtool.pipeline.plan import make_plan
-    from qtool.pipeline.quantize import RunSettings, run_plan
+    from qtool.pipeline.plan import make_plans
+    from qtool.pipeline.quantize import RunSettings, check_outputs, named_after, run_plan
     from qtool.recipe.sizes import parse_size
 
     checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
     pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
-    plan = make_plan(checkpoint, recipe.model_copy(update={"model": pinned}))
-    paths = destinations(recipe, checkpoint, output)
+    recipe = recipe.model_copy(update={"model": pinned})
+    plans = make_plans(checkpoint, recipe, importance=statistics is not None)
+    places = dict(zip(recipe.export, destinations(recipe, checkpoint, output), strict=True))
+    jobs = [
+        (named_after(plan, paths), paths)
+        for plan in plans
+        for paths in [[places[entry] for entry in plan.recipe.export]]
+    ]
     settings = RunSettings(
         device=devices.resolve(device),
         overwrite=overwrite,
         held_bytes=None if max_ram is None else parse_size(max_ram),
     )
-    for path in paths:
-        check_output(path, overwrite=overwrite, sources=[checkpoint.path])
-    from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
-
-    if dry_run:
-        terminal.result(plan_result(plan, paths), plan_table(plan, paths))
-        return
-    progress = terminal.progress()
-    terminal.note(
-        f"{checkpoint.name}: {plan.method.name}, {plan.linears[0].grid.name}, "
-        f"{len(plan.linears)} linears, {plan.bits_per_weight:.2f} bits per weight, "
-        f"on {devices.describe(settings.device)}"
+    check_outputs(
+        list(places.values()), checkpoint, overwrite=overwrite, statistics=statistics
     )
-    data = _calibration(plan, statistics, progress)
-    measure = _measurement(checkpoint, recipe, settings, progress)
-    result = run_plan(plan, paths, settings, progress, measure=measure, **data)
-    terminal.result(run_result(result, progress.warnings), run_table(result, paths))
+    progress = terminal.progress()
+    for plan, _ in jobs:
+        for planned in plan.outputs:
+            for code, message in planned.warnings:
+                progress.warn(code, message)
+    if dry_run:
+        terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs))
+        return
+    results = []
+    data: dict[str, Any] | None = None
+    for plan, paths in jobs:
+        terminal.note(
+            f"{checkpoint.name}: {plan.method.name}, {plan.scheme}, {len(plan.linears)} linears, "
+            f"{plan.bits_per_weight:.2f} bits per weight, on {devices.describe(settings.device)}"
+        )
+        if data is None or not data:
+            data = _calibration(plan, statistics, progress)
+        measure = _measurement(checkpoint, recipe, settings, progress)
+        result = run_plan(plan, paths, settings, progress, measure=measure, **data)
+        results.append((result, paths))
+    terminal.result(run_result(results, progress.warnings), run_table(results))
 
 
 def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str, Any]:
     """Return the windows or statistics that a plan needs, as arguments of `run_plan`."""
     from qtool.cli.calibration_data import calibration_windows
     from qtool.pipeline.calibrate import statistics_for
+    from qtool.pipeline.outputs import CalibrationNote
 
     if statistics is not None:
         if plan.rounding.needs:
             raise UsageError(
                 f"{plan.method.name} needs a Hessian, which a statistics file does not hold",
-                "use --method awq with --statistics, or give a --dataset",
+                "use --method awq or rtn with --statistics, or give a --dataset",
             )
-        return {"statistics": statistics_for(statistics, plan.checkpoint)[0]}
+        complete = plan.method.transform is not None
+        moments, found = statistics_for(statistics, plan.checkpoint, complete=complete)
+        for warning in found.warnings:
+            progress.warn("statistics", warning)
+        note = CalibrationNote(statistics.name, found.datasets, found.windows, len(found.moments))
+        return {"statistics": moments, "note": note}
     if not plan.calibrated:
         return {}
     return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}
+
+
+def _weights(directory: Path) -> Path:
+    """Return what opens a result: its directory, or the GGUF file (the first part) in it."""
+    return next(iter(sorted(directory.glob("*.gguf"))), directory)
 
 
 def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) -> Any:
@@ -254,6 +296,7 @@ def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) 
     from qtool.calibration.tokens import evaluation_windows
     from qtool.checkpoint.locate import locate
     from qtool.cli.calibration_data import load_tokenizer
+    from qtool.evaluation.llama_cpp import check_installed
     from qtool.pipeline.evaluate import evaluate, metrics_of
 
     windows = evaluation_windows(
@@ -265,7 +308,16 @@ def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) 
 
     def measure(directories: list[Path]) -> list[dict[str, Any]]:
         # Their directories still have hidden names.
-        models = [replace(locate(str(path)), name="the result") for path in directories]
+        models = [
+            replace(locate(str(_weights(path)), gguf=True), name="the result")
+            for path in directories
+        ]
+        if any(model.gguf for model in models):
+            try:
+                check_installed()
+            except UnsupportedError as error:
+                progress.warn("not_measured", f"{error.message}; {error.hint}")
+                return []
         found = evaluate(models, checkpoint, windows, settings.device, progress)
         return [metrics_of(result) for result in found]
 

@@ -21,13 +21,18 @@ from qtool.recipe.sizes import shown_size
 WORST_SHOWN = 5
 
 
-def plan_result(plan: Plan, paths: list[Path]) -> dict[str, Any]:
+Job = tuple[Plan, list[Path]]
+Finished = tuple[QuantizeResult, list[Path]]
+
+
+def plan_result(jobs: list[Job], warnings: list[tuple[str, str]]) -> dict[str, Any]:
     """Return the JSON object of a dry run."""
     return {
-        **_head(plan),
+        **_head(jobs[0][0]),
         "dry_run": True,
         "artifacts": [
-            {"format": o.format.name, "path": str(path.absolute()), "bytes": o.shards.n_bytes}
+            {"format": o.name, "path": str(path.absolute()), "bytes": o.n_bytes}
+            for plan, paths in jobs
             for o, path in zip(plan.outputs, paths, strict=True)
         ],
         "tensors": [
@@ -37,9 +42,9 @@ def plan_result(plan: Plan, paths: list[Path]) -> dict[str, Any]:
                 "grid": x.grid.name,
                 "bits_per_weight": x.grid.bits_per_weight(*x.shape),
             }
-            for x in plan.linears
+            for x in jobs[0][0].linears
         ],
-        "warnings": [],
+        "warnings": [{"code": code, "message": message} for code, message in warnings],
         "error": None,
     }
 
@@ -56,32 +61,39 @@ def _head(plan: Plan) -> dict[str, Any]:
         },
         "quantization": {
             "method": plan.method.name,
-            "grid": plan.linears[0].grid.name,
+            "grid": plan.scheme,
             "bits_per_weight": plan.bits_per_weight,
         },
     }
 
 
-def plan_table(plan: Plan, paths: list[Path]) -> RenderableType:
+def plan_table(jobs: list[Job]) -> RenderableType:
     """Return what a dry run shows a person."""
+    first = jobs[0][0]
     facts = [
-        ("model", f"{plan.checkpoint.name} ({plan.family.name}, {plan.n_blocks} blocks)"),
-        ("method", plan.method.name),
-        *_schemes(plan),
-        ("bits per weight", f"{plan.bits_per_weight:.3f} with scales"),
-        ("reads", shown_size(plan.checkpoint.total_bytes)),
+        ("model", f"{first.checkpoint.name} ({first.family.name}, {first.n_blocks} blocks)"),
+        ("method", first.method.name),
+        ("reads", shown_size(first.checkpoint.total_bytes)),
     ]
-    for output, path in zip(plan.outputs, paths, strict=True):
-        files = len(output.shards.shards)
-        size = f"{shown_size(output.shards.n_bytes)} in {files} file{'s' if files > 1 else ''}"
-        facts.append(("writes", f"{_typed(path)} ({output.format.name}, {size})"))
-        facts.append(("loads in", ", ".join(output.format.loads_in)))
-        facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
-    quantize = plan.recipe.quantize
-    spread = f" -g {quantize.group_size}"
-    source = printable(plan.checkpoint.source)
-    command = f"next: qtool quantize {source} -m {quantize.method} -b {quantize.bits}{spread}"
-    return Group(_facts(facts), Text(), Text(f"{command} -o {_typed(paths[0])}"))
+    for plan, paths in jobs:
+        facts += [*_schemes(plan), ("bits per weight", f"{plan.bits_per_weight:.3f} with scales")]
+        for output, path in zip(plan.outputs, paths, strict=True):
+            files = output.n_files
+            size = f"{shown_size(output.n_bytes)} in {files} file{'s' if files > 1 else ''}"
+            facts.append(("writes", f"{_typed(path)} ({output.name}, {size})"))
+            facts.append(("loads in", ", ".join(output.loads_in)))
+            facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
+    quantize = first.recipe.quantize
+    source = printable(first.checkpoint.source)
+    formats = [output.name for plan, _ in jobs for output in plan.outputs]
+    gguf = all(name.startswith("gguf:") for name in formats)
+    scheme = (
+        "".join(f" -f {name}" for name in formats)
+        if gguf
+        else f" -b {quantize.bits} -g {quantize.group_size}"
+    )
+    command = f"next: qtool quantize {source} -m {quantize.method}{scheme}"
+    return Group(_facts(facts), Text(), Text(f"{command} -o {_typed(jobs[0][1][0])}"))
 
 
 def _schemes(plan: Plan) -> list[tuple[str, str]]:
@@ -100,60 +112,76 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def run_result(result: QuantizeResult, warnings: list[tuple[str, str]]) -> dict[str, Any]:
+def run_result(finished: list[Finished], warnings: list[tuple[str, str]]) -> dict[str, Any]:
     """Return the JSON object of a finished run."""
-    plan = result.plan
+    first = finished[0][0]
     artifacts = [
         {
-            "format": output.format.name,
+            "format": output.name,
             "path": str(path),
-            "bytes": output.shards.n_bytes,
+            "bytes": output.n_bytes,
             "sha256": dict(digests),
-            "loads_in": list(output.format.loads_in),
+            "loads_in": list(output.loads_in),
             "verified": True,
         }
-        for output, path, digests in zip(plan.outputs, result.paths, result.digests, strict=True)
+        for result, _ in finished
+        for output, path, digests in zip(
+            result.plan.outputs, result.paths, result.digests, strict=True
+        )
     ]
+    resources = resources_of(first)
+    resources["seconds"] = sum(result.seconds for result, _ in finished)
     return {
-        **_head(plan),
-        "calibration": calibration_of(result),
+        **_head(first.plan),
+        "calibration": calibration_of(first),
         "artifacts": artifacts,
-        "metrics": result.metrics[0] if result.metrics else {},
+        "metrics": first.metrics[0] if first.metrics else {},
         "gates": [],
-        "resources": resources_of(result),
+        "resources": resources,
         "environment": environment(),
         "warnings": [{"code": code, "message": message} for code, message in warnings],
         "error": None,
     }
 
 
-def run_table(result: QuantizeResult, paths: list[Path]) -> RenderableType:
+def run_table(finished: list[Finished]) -> RenderableType:
     """Return what a finished run shows a person: sizes, loss, the worst layers, the next command.
 
     Args:
-        result: of the run.
-        paths: its outputs as the user gave them.
+        finished: results of the runs, with their outputs as the user gave them.
     """
-    plan = result.plan
     facts = []
-    before = plan.checkpoint.total_bytes
-    for output, path in zip(plan.outputs, paths, strict=True):
-        size = output.shards.n_bytes
-        facts.append(("wrote", _typed(path)))
-        facts.append(
-            ("size", f"{shown_size(size)}, was {shown_size(before)} ({before / size:.2f} x less)")
-        )
-    facts.append(("bits per weight", f"{plan.bits_per_weight:.3f} with scales"))
-    for metrics in result.metrics[:1]:
-        facts += _metric_facts(metrics)
-    ram, vram = shown_size(result.peak_ram_bytes), shown_size(result.peak_vram_bytes)
-    gpu = f", {vram} on the GPU" if result.peak_vram_bytes else ""
-    seconds = f"{result.seconds:.{0 if result.seconds >= 10 else 1}f}"
+    for result, paths in finished:
+        plan = result.plan
+        before = plan.checkpoint.total_bytes
+        for output, path in zip(plan.outputs, paths, strict=True):
+            size = output.n_bytes
+            less = f"{shown_size(size)}, was {shown_size(before)} ({before / size:.2f} x less)"
+            facts += [("wrote", _typed(path)), ("size", less)]
+        if plan.linears:
+            facts.append(("bits per weight", f"{plan.bits_per_weight:.3f} with scales"))
+        for metrics in result.metrics[:1]:
+            facts += _metric_facts(metrics)
+    first, paths = finished[0]
+    peak = max(result.peak_ram_bytes for result, _ in finished)
+    ram, vram = shown_size(peak), shown_size(first.peak_vram_bytes)
+    gpu = f", {vram} on the GPU" if first.peak_vram_bytes else ""
+    total = sum(result.seconds for result, _ in finished)
+    seconds = f"{total:.{0 if total >= 10 else 1}f}"
     facts.append(("took", f"{seconds} s, peak memory {ram}{gpu}"))
-    command = f"next: qtool eval {_typed(paths[0])} --ref {plan.checkpoint.source}"
+    command = f"next: qtool eval {_opened(first, paths[0])} --ref {first.plan.checkpoint.source}"
     # Never wrapped: it is there to be copied.
     ending = Text(printable_line(command), no_wrap=True, overflow="ignore")
-    return Group(_facts(facts), Text(), _worst(result), Text(), ending)
+    worst: list[RenderableType] = [_worst(first), Text()] if first.layers else []
+    return Group(_facts(facts), Text(), *worst, ending)
+
+
+def _opened(result: QuantizeResult, path: Path) -> str:
+    """Return what is given to `eval`: a directory, or the GGUF file in it."""
+    files = sorted(name for name in result.digests[0] if name.endswith(".gguf"))
+    if not files or path.suffix == ".gguf":
+        return _typed(path)
+    return _typed(path / files[0])
 
 
 def _typed(path: Path) -> str:

@@ -31,6 +31,9 @@ CALIBRATION_KEYS = {
     "chat_template": "chat_template",
 }
 
+# Flag -> key of every gguf entry of the recipe's `export` section.
+GGUF_KEYS = ("output_type", "embed_type", "pre", "strict", "split_max_size", "modelfile")
+
 # What `--eval quick` measures: enough to see a broken result, not to rank good ones.
 QUICK_EVALUATION = {"data": "builtin", "context": 512, "windows": 8}
 
@@ -85,6 +88,7 @@ def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
         data["calibration"] = {**(data.get("calibration") or {}), "datasets": entries}
     if flags.get("formats"):
         data["export"] = [{"format": name} for name in flags["formats"]]
+    _apply_gguf_flags(data, flags)
     if flags.get("seed") is not None:
         data["seed"] = flags["seed"]
     if flags.get("revision") is not None:
@@ -100,6 +104,29 @@ def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
         data["rules"] = [*written, *(data.get("rules") or [])]
 
 
+def _apply_gguf_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Give the flags for GGUF to the GGUF outputs, and refuse them where there is none."""
+    given = {key: flags[key] for key in GGUF_KEYS if flags.get(key)}
+    entries = data.get("export") or []
+    gguf = [e for e in entries if isinstance(e, dict) and _is_gguf(e.get("format"))]
+    if given and not gguf:
+        name = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{name} is for GGUF, but no output is one", "add -f gguf:Q4_K_M")
+    for entry in gguf:
+        entry.update(given)
+    fixed = [key for key in ("bits", "group_size", "symmetric") if flags.get(key) is not None]
+    if fixed and gguf and len(gguf) == len(entries):
+        name = {"group_size": "group-size", "symmetric": "sym/--asym"}.get(fixed[0], fixed[0])
+        raise UsageError(
+            f"--{name} is not for GGUF: {gguf[0]['format']} has its own bits and blocks",
+            "leave it away, or choose another type, such as gguf:Q5_K_M",
+        )
+
+
+def _is_gguf(name: object) -> bool:
+    return isinstance(name, str) and name.partition(":")[0].lower() == "gguf"
+
+
 def _apply_evaluation(data: dict[str, Any], wanted: str | None) -> None:
     """Write --eval into the recipe, so that the resolved one measures the same again."""
     if wanted == "none":
@@ -113,11 +140,25 @@ def destinations(recipe: Recipe, checkpoint: Checkpoint, output: Path | None) ->
 
     Several formats get a directory each below one that is given.
     """
+    formats = [entry.format.lower() for entry in recipe.export]
+    twice = next((name for name in formats if formats.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the format {twice} is asked for twice", "name each format once")
     given = output if output is not None else Path(recipe.output) if recipe.output else None
     if given is not None and len(recipe.export) == 1:
+        if given.suffix == ".gguf" and recipe.export[0].gguf_type is None:
+            raise UsageError(
+                f"the output {given} ends in .gguf, but {recipe.export[0].format} is a directory",
+                "choose another --output, or -f gguf:Q4_K_M",
+            )
         return [given]
+    if given is not None and given.suffix == ".gguf":
+        raise UsageError(
+            f"the output {given} is one file, but {len(recipe.export)} formats are asked for",
+            "give a directory, which gets one for each format",
+        )
     if given is not None:
-        return [given / entry.format for entry in recipe.export]
+        return [given / entry.format.replace(":", "-") for entry in recipe.export]
     return [Path(f"{checkpoint.name}-{tag(recipe, entry.format)}") for entry in recipe.export]
 
 
@@ -125,6 +166,8 @@ def tag(recipe: Recipe, output_format: str) -> str:
     """Return a short name of a scheme, such as `gptq-w4g128` or `rtn-w8-compressed-tensors`."""
     quantize = recipe.quantize
     method = str(quantize.method).replace("+", "-")
+    if _is_gguf(output_format):
+        return f"{method}-{output_format.partition(':')[2]}-gguf"
     spread = {-1: "", 0: "-tensor"}.get(quantize.group_size, f"g{quantize.group_size}")
     suffix = "" if output_format == method else f"-{output_format}"
     return f"{method}-w{quantize.bits}{spread}{suffix}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.reader import TensorReader
 from qtool.formats.protocol import TensorLayout, format_of
-from qtool.grids.protocol import QuantizedTensor
+from qtool.grids.protocol import Grid, QuantizedTensor
+
+WORD_BITS = 32
 
 
 class DenseSource:
@@ -31,8 +36,9 @@ class DenseSource:
         self._refs = checkpoint.refs
         self._dtype = dtype
         self._format = format_of(checkpoint.config)
-        self.grids = {}
+        self.grids: dict[str, Grid] = {}
         self._parts: dict[str, list[str]] = {}
+        self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         if self._format is not None:
             layouts = {n: TensorLayout(r.dtype, tuple(r.shape)) for n, r in self._refs.items()}
             self.grids = self._format.grids(checkpoint.config["quantization_config"], layouts)
@@ -50,12 +56,64 @@ class DenseSource:
         module, _, leaf = name.rpartition(".")
         return module if leaf == "weight" and module in self.grids else None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the dense tensor of that name; reads no weights.
+
+        Raises:
+            DamagedError: it is missing.
+        """
+        module = self._packed_module(name)
+        if module is None:
+            return tuple(self._reader.ref(name).shape)
+        if f"{module}.weight_shape" in self._refs:
+            rows, columns = self._reader.read(f"{module}.weight_shape").tolist()
+            return int(rows), int(columns)
+        words, width = self._refs[f"{module}.qweight"].shape
+        rows = self._refs[f"{module}.scales"].shape[1]
+        if width == rows:  # gptq packs along columns, awq along rows
+            return rows, words * WORD_BITS // self.grids[module].bits
+        return rows, words
+
+    def logical_refs(self) -> dict[str, TensorRef]:
+        """Return the tensors as if nothing were packed: `.weight` of packed modules included.
+
+        Their byte ranges are those of one of their parts; only names, shapes and, for tensors
+        stored dense, dtypes count.
+        """
+        packed = {part for parts in self._parts.values() for part in parts}
+        refs = {}
+        for name, ref in self._refs.items():
+            module, _, leaf = name.rpartition(".")
+            if name not in packed or leaf == "bias":
+                refs[name] = ref
+            elif f"{module}.weight" not in refs:
+                weight = f"{module}.weight"
+                refs[weight] = replace(ref, name=weight, shape=self.shape(weight), dtype="F32")
+        return refs
+
     def quantized(self, module: str) -> QuantizedTensor:
         """Return the packed weight of a module."""
         if self._format is None:
             raise KeyError(module)
         tensors = {name: self._reader.read(name) for name in self._parts[module]}
         return self._format.unpack(module, tensors, self.grids[module])
+
+    def scales(self, module: str) -> Tensor:
+        """Return the stored scales of a packed module in their own dtype."""
+        names = self._parts[module]
+        return self._reader.read(next(n for n in names if n.endswith(("scales", "weight_scale"))))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of the dense matrix of that name.
+
+        Raises:
+            DamagedError: it is missing or its bytes are.
+        """
+        if self._packed_module(name) is None:
+            return self._reader.rows(name, start, stop)
+        if self._unpacked[0] != name:  # rows are asked for in order: one matrix at a time
+            self._unpacked = (name, self.read(name))
+        return self._unpacked[1][start:stop]
 
     def read(self, name: str) -> Tensor:
         """Return the dense tensor of that name on the CPU.

@@ -11,6 +11,7 @@ Shapes: R = out_features, C = in_features, B = columns of one block.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,28 +25,42 @@ DAMPING_STEP = 10.0
 DAMPING_TRIES = 5
 
 
-def gptq(
-    weight: Tensor,  # [R, C] float32, any device; not modified
-    hessian: Tensor | None,  # [C, C] float32, same device; not modified
-    grid: Grid,
-    parameters: Any,  # of the grid, already fitted to `weight`
-    options: RoundingOptions,
-) -> Rounded:
-    """Round `weight` to `grid` with the least error on the calibration inputs.
+@dataclass(frozen=True)
+class Feedback:
+    """How an error in one column is passed on: all that GPTQ needs to know of the inputs."""
+
+    order: Tensor  # [C] int64, the columns in the order in which they are rounded
+    factor: Tensor  # [C, C] float32, upper triangular, rows and columns in that order
+    damp_percent: float  # what was really added
+
+
+def prepare(hessian: Tensor | None, options: RoundingOptions) -> Feedback:
+    """Order the columns and factor the inverse Hessian [C, C], once for all that read the input.
 
     Raises:
         NumericalError: H is not finite, or not positive definite even after raised damping.
     """
     if hessian is None:
         raise TypeError("gptq needs a Hessian")
-    columns = weight.shape[1]
-    diagonal = hessian.diagonal()
     order = (
-        diagonal.argsort(descending=True, stable=True)
+        hessian.diagonal().argsort(descending=True, stable=True)
         if options.act_order
-        else torch.arange(columns, device=weight.device)
+        else torch.arange(len(hessian), device=hessian.device)
     )
     factor, damping = inverse_cholesky(hessian[order][:, order], options.damp_percent)
+    return Feedback(order, factor, damping)
+
+
+def gptq(
+    weight: Tensor,  # [R, C] float32, any device; not modified
+    feedback: Feedback,  # same device
+    grid: Grid,
+    parameters: Any,  # of the grid, already fitted to `weight`
+    options: RoundingOptions,
+) -> Rounded:
+    """Round `weight` to `grid` with the least error on the calibration inputs."""
+    columns = weight.shape[1]
+    order, factor = feedback.order, feedback.factor
     pending = weight[:, order].T.contiguous()  # [C, R]: a column of W is contiguous
     codes = torch.empty_like(pending)
     rounder = grid.columns(parameters)
@@ -57,6 +72,7 @@ def gptq(
     restored = torch.empty_like(codes)
     restored[order] = codes
     quantized = QuantizedTensor(restored.T.contiguous().to(torch.uint8), parameters, grid)
+    damping = feedback.damp_percent
     return Rounded(quantized, damping, damping > options.damp_percent)
 
 
@@ -126,4 +142,4 @@ def inverse_cholesky(hessian: Tensor, damp_percent: float) -> tuple[Tensor, floa
     )
 
 
-GPTQ = Rounding("gptq", frozenset({"hessian"}), gptq, "https://arxiv.org/abs/2210.17323")
+GPTQ = Rounding("gptq", frozenset({"hessian"}), prepare, gptq, "https://arxiv.org/abs/2210.17323")

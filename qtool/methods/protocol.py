@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -40,15 +40,21 @@ class Rounded:
     damp_raised: bool = False  # whether that is more than was asked for
 
 
-RoundFunction = Callable[[Tensor, Tensor | None, Grid, object, RoundingOptions], Rounded]
+PrepareFunction = Callable[[Tensor | None, RoundingOptions], Any]
+RoundFunction = Callable[[Tensor, Any, Grid, Any, RoundingOptions], Rounded]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A way to choose codes: `round(weight, hessian, grid, parameters, options)`."""
+    """A way to choose codes.
+
+    `prepare(hessian, options)` does once what all weights that read one input share;
+    `round(weight, prepared, grid, parameters, options)` rounds one of them.
+    """
 
     name: str
     needs: frozenset[str]  # "hessian", or nothing
+    prepare: PrepareFunction
     round: RoundFunction
     paper: str
 

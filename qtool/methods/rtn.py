@@ -15,14 +15,19 @@ from qtool.methods.protocol import Rounded, Rounding, RoundingOptions
 
 def rtn(
     weight: Tensor,  # [R, C] float32; not modified
-    hessian: Tensor | None,  # ignored
+    prepared: None,
     grid: Grid,
     parameters: Any,  # of the grid, already fitted to `weight`
     options: RoundingOptions,
 ) -> Rounded:
     """Round each weight to the nearest value of its own group's grid."""
-    del hessian, options
+    del prepared, options
     return Rounded(QuantizedTensor(grid.encode(weight, parameters), parameters, grid))
 
 
-RTN = Rounding("rtn", frozenset(), rtn, "")
+def prepare(hessian: Tensor | None, options: RoundingOptions) -> None:
+    """Return nothing: each weight is rounded by itself."""
+    del hessian, options
+
+
+RTN = Rounding("rtn", frozenset(), prepare, rtn, "")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +14,8 @@ from qtool.checkpoint.output import write_error
 from qtool.checkpoint.shards import file_digest
 from qtool.json_text import json_text
 from qtool.pipeline.card import model_card
-from qtool.pipeline.plan import Plan, PlannedOutput
+from qtool.pipeline.outputs import PlannedOutput
+from qtool.pipeline.plan import Plan
 from qtool.recipe.load import dump_recipe
 
 if TYPE_CHECKING:
@@ -25,24 +24,6 @@ if TYPE_CHECKING:
 RECIPE_FILE = "qtool-recipe.yaml"
 REPORT_FILE = "qtool-report.json"
 SUMS_FILE = "SHA256SUMS"
-
-
-def write_model_files(plan: Plan, output: PlannedOutput, directory: Path) -> None:
-    """Write config.json, and the tokenizer and other small files of the model byte for byte.
-
-    Raises:
-        CapacityError: the disk is full.
-    """
-    config = dict(plan.checkpoint.config)
-    config["quantization_config"] = dict(output.quantization_config)
-    try:
-        for source in plan.checkpoint.extra_files:
-            target = directory / source.relative_to(plan.checkpoint.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise write_error(Path(error.filename or directory), error) from error
 
 
 def write_records(
@@ -83,8 +64,8 @@ def resolved_recipe(plan: Plan, output: PlannedOutput, *, from_statistics: bool 
     model = plan.recipe.model
     if checkpoint.revision is None:
         model = model.model_copy(update={"id": checkpoint.name})
-    exports = tuple(e for e in plan.recipe.export if e.format == output.format.name)
-    recipe = plan.recipe.model_copy(update={"model": model, "export": exports, "output": None})
+    export = plan.recipe.export[plan.outputs.index(output)]
+    recipe = plan.recipe.model_copy(update={"model": model, "export": (export,), "output": None})
     head = f"# Written by qtool {__version__}. Make the same bytes again with:\n"
     place = "" if checkpoint.revision else f" PATH/TO/{checkpoint.name}"
     statistics = " --statistics THE_SAME_FILE" if from_statistics else ""
@@ -104,7 +85,7 @@ def report_of(result: QuantizeResult, index: int, digests: Mapping[str, str]) ->
         },
         "quantization": {
             "method": plan.method.name,
-            "format": output.format.name,
+            "format": output.name,
             "bits_per_weight": plan.bits_per_weight,
             "kept": list(output.kept),
         },

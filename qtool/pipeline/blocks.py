@@ -18,7 +18,8 @@ from qtool.grids.protocol import QuantizedTensor
 from qtool.model.family import Tap
 from qtool.model.skeleton import Skeleton, WeightSource, release
 from qtool.model.streaming import Stream, Twin, observe, visit_in_stages, visit_in_step
-from qtool.pipeline.plan import Plan, PlannedLinear
+from qtool.pipeline.linears import PlannedLinear
+from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport
 from qtool.pipeline.rounding import round_tap
 from qtool.pipeline.transform import Transformed, transform_block
@@ -199,7 +200,7 @@ def quantize_block_without_data(
     if plan.method.transform is not None:
         transformed = transform_block(plan, config, taps, tensors, statistics or {}, device)
     for tap, linears in taps.items():
-        moments = None if statistics is None else statistics[tap]
+        moments = None if statistics is None else statistics.get(tap)
         if moments is not None:
             # A file's statistics come in host memory, of inputs before they were scaled.
             scale = transformed.scales.get(tap, torch.ones(()))

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 import yaml
 
 from qtool import __version__
-from qtool.pipeline.plan import Plan, PlannedOutput
+from qtool.pipeline.outputs import PlannedOutput
 
 if TYPE_CHECKING:
+    from qtool.pipeline.plan import Plan
     from qtool.pipeline.quantize import QuantizeResult
 
 _SNIPPETS = {
     "vLLM": "vllm serve PATH",
     "transformers": 'AutoModelForCausalLM.from_pretrained("PATH", device_map="auto")',
     "GPTQModel": 'GPTQModel.load("PATH")',
+    "llama.cpp": "llama-cli -m FILE.gguf",
+    "Ollama": "ollama create NAME -f Modelfile",
 }
 
 
@@ -25,16 +28,15 @@ def model_card(result: QuantizeResult, index: int) -> str:
     """Return README.md of output `index`, with the metadata block that the hub reads."""
     plan, output = result.plan, result.plan.outputs[index]
     checkpoint = plan.checkpoint
+    gguf = output.name.startswith("gguf:")
     # A directory of this machine says nothing to others; a hub id, which has a revision, does.
     metadata: dict[str, object] = {
         "base_model": checkpoint.source if checkpoint.revision else checkpoint.name,
         "base_model_relation": "quantized",
-        "library_name": "transformers",
-        "tags": sorted({"qtool", output.format.name, plan.method.name}),
+        "library_name": "gguf" if gguf else "transformers",
+        "tags": sorted({"qtool", output.name.partition(":")[0], plan.method.name}),
     }
-    metadata.update(_carried_over(plan))
-    quantize = plan.recipe.quantize
-    spread = {-1: "channel", 0: "matrix"}.get(quantize.group_size, f"{quantize.group_size} weights")
+    metadata.update(original_card(checkpoint.path))
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
@@ -48,11 +50,10 @@ def model_card(result: QuantizeResult, index: int) -> str:
         "| | |",
         "|---|---|",
         f"| method | {plan.method.name} |",
-        f"| format | {output.format.name} |",
-        f"| bits | {quantize.bits}, {'symmetric' if quantize.symmetric else 'asymmetric'}, one "
-        f"scale per {spread} |",
+        f"| format | {output.name} |",
+        *([] if gguf else [_bits(plan)]),
         f"| bits per quantized weight, scales included | {plan.bits_per_weight:.3f} |",
-        f"| kept in the model's own dtype | embeddings, norms{_kept(output)} |",
+        f"| kept as float | {'' if gguf else 'embeddings, '}norms{_kept(output)} |",
         *_calibration(result),
         *_measured(result, index),
         "",
@@ -61,14 +62,21 @@ def model_card(result: QuantizeResult, index: int) -> str:
         "",
         "## How to load it",
         "",
-        *[line for engine in output.format.loads_in for line in _snippet(engine)],
+        *[line for engine in output.loads_in for line in _snippet(engine)],
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _carried_over(plan: Plan) -> dict[str, object]:
-    """Licence and languages from the original's own card, if it has one."""
-    card = plan.checkpoint.path / "README.md"
+def _bits(plan: Plan) -> str:
+    quantize = plan.recipe.quantize
+    spread = {-1: "channel", 0: "matrix"}.get(quantize.group_size, f"{quantize.group_size} weights")
+    sign = "symmetric" if quantize.symmetric else "asymmetric"
+    return f"| bits | {quantize.bits}, {sign}, one scale per {spread} |"
+
+
+def original_card(directory: Path) -> dict[str, object]:
+    """Return licence and languages from the original's own card, empty if it has none."""
+    card = directory / "README.md"
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

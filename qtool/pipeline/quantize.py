@@ -14,24 +14,25 @@ import torch
 from qtool import device as devices
 from qtool.calibration.moments import Moments
 from qtool.calibration.tokens import Windows
-from qtool.checkpoint.output import OutputDirectory
+from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.output import OutputDirectory, output_place
 from qtool.checkpoint.reader import TensorReader, check_finite
-from qtool.checkpoint.shards import ShardWriter
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.skeleton import Skeleton
 from qtool.model.streaming import Stream
-from qtool.pipeline.artifact import write_model_files, write_records
+from qtool.pipeline.artifact import write_records
 from qtool.pipeline.blocks import (
     BlockQuantizer,
-    BlockResult,
     Sinks,
     quantize_block_without_data,
 )
-from qtool.pipeline.plan import STORED_DTYPES, Plan, PlannedOutput
+from qtool.pipeline.gguf_output import PlannedGguf
+from qtool.pipeline.linears import STORED_DTYPES
+from qtool.pipeline.outputs import CalibrationNote, OutputWriter
+from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport, Progress
-from qtool.pipeline.verify import verify
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class QuantizeResult:
     device: str
     metrics: tuple[Mapping[str, Any], ...] = ()  # per output, where it was measured
 
+
+# What stands for a file where statistics never were in one.
+INLINE_STATISTICS = "(taken while quantizing)"
 
 # Measures finished directories against the original; gives one mapping of metrics each.
 Measure = Callable[[list[Path]], list[dict[str, Any]]]
@@ -78,6 +82,7 @@ def run_plan(
     windows: Windows | None = None,
     statistics: Mapping[int, Mapping[str, Moments]] | None = None,
     measure: Measure | None = None,
+    note: CalibrationNote | None = None,
 ) -> QuantizeResult:
     """Carry a plan out and give each output directory its name when it is complete.
 
@@ -89,6 +94,7 @@ def run_plan(
         windows: calibration tokens; needed by a calibrated plan without statistics.
         statistics: block -> tap -> moments from a file, for methods without a Hessian.
         measure: asked about the complete directories before they get their names.
+        note: what a file says of the statistics; made from the windows where there are some.
 
     Raises:
         UsageError: an output is in the way, or calibration data is missing.
@@ -99,18 +105,22 @@ def run_plan(
     if plan.calibrated and windows is None and statistics is None:
         raise UsageError(f"{plan.method.name} needs calibration data", "give --dataset")
     started = time.perf_counter()
+    if windows is not None and plan.calibrated:
+        note = _note(plan, windows)
+    plan = replace(plan, outputs=tuple(output.noted(note) for output in plan.outputs))
     layers: list[LayerReport] = []
     with contextlib.ExitStack() as stack:
         sources = [plan.checkpoint.path]
         directories = [
-            OutputDirectory(path, overwrite=settings.overwrite, sources=sources)
+            output_place(path, overwrite=settings.overwrite, sources=sources)
             for path in destinations
         ]
         partials = [stack.enter_context(directory) for directory in directories]
         spill = partials[0] / ".activations"
         spill.mkdir()
         writers = [
-            _OutputWriter(output, path) for output, path in zip(plan.outputs, partials, strict=True)
+            output.writer(plan, path)
+            for output, path in zip(plan.outputs, partials, strict=True)
         ]
         sinks = _sinks(writers, layers, progress)
         with TensorReader(plan.checkpoint.refs) as reader:
@@ -120,17 +130,17 @@ def run_plan(
                 plan, source, settings, progress, sinks, writers, spill, windows, statistics
             )
         spill.rmdir()
-        for writer in writers:
-            writer.copy_rest(plan)
+        digests = [writer.finish() for writer in writers]
         progress.finish()
         for output, partial in zip(plan.outputs, partials, strict=True):
-            write_model_files(plan, output, partial)
-            verify(plan, output, partial)
-        result = _result(plan, directories, writers, layers, windows, started, settings)
+            for warning in output.write_companions(plan, partial):
+                progress.warn("companion_file", warning)
+            output.verify(plan, partial)
+        result = _result(plan, directories, digests, layers, windows, started, settings)
         if measure is not None:
             result = replace(result, metrics=tuple(measure(partials)))
-        for index, (writer, partial) in enumerate(zip(writers, partials, strict=True)):
-            write_records(result, index, partial, writer.digests)
+        for index, partial in enumerate(partials):
+            write_records(result, index, partial, digests[index])
         for directory in directories:
             directory.commit()
     return result
@@ -139,7 +149,7 @@ def run_plan(
 def _result(
     plan: Plan,
     directories: Sequence[OutputDirectory],
-    writers: Sequence[_OutputWriter],
+    digests: Sequence[Mapping[str, str]],
     layers: Sequence[LayerReport],
     windows: Windows | None,
     started: float,
@@ -149,7 +159,7 @@ def _result(
     return QuantizeResult(
         plan=plan,
         paths=tuple(d.final for d in directories),
-        digests=tuple(w.digests for w in writers),
+        digests=tuple(digests),
         layers=tuple(layers),
         windows=windows,
         seconds=time.perf_counter() - started,
@@ -159,34 +169,41 @@ def _result(
     )
 
 
-class _OutputWriter:
-    """Packs finished linears into one output directory."""
-
-    def __init__(self, output: PlannedOutput, directory: Path) -> None:
-        self._format = output.format
-        self._shards = ShardWriter(output.shards, directory)
-        self.digests: dict[str, str] = {}
-
-    def write(self, name: str, quantized: QuantizedTensor) -> None:
-        for full, tensor in self._format.pack(name, quantized).items():
-            self._shards.write(full, tensor)
-
-    def write_changed(self, result: BlockResult) -> None:
-        for name, tensor in result.changed.items():
-            self._shards.write(name, tensor.cpu())
-
-    def copy_rest(self, plan: Plan) -> None:
-        """Copy what is stored as it was, byte for byte, and close the files."""
-        for name in plan.checkpoint.refs:
-            if name in self._shards.missing:
-                self._shards.write_from(plan.checkpoint.refs[name])
-        self._shards.close()
-        self.digests = self._shards.digests()
+def named_after(plan: Plan, destinations: Sequence[Path]) -> Plan:
+    """Return the plan with GGUF files called what the user called them."""
+    outputs = tuple(
+        replace(output, stem=path.stem)
+        if isinstance(output, PlannedGguf) and path.suffix == ".gguf"
+        else output
+        for output, path in zip(plan.outputs, destinations, strict=True)
+    )
+    return replace(plan, outputs=outputs)
 
 
-def _sinks(
-    writers: Sequence[_OutputWriter], layers: list[LayerReport], progress: Progress
-) -> Sinks:
+def check_outputs(
+    destinations: Sequence[Path],
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool,
+    statistics: Path | None = None,
+) -> None:
+    """Refuse places that are taken, before any work is done.
+
+    Raises:
+        UsageError: says which, and why.
+    """
+    sources = [checkpoint.path] if statistics is None else [checkpoint.path, statistics]
+    for path in destinations:
+        output_place(path, overwrite=overwrite, sources=sources)
+
+
+def _note(plan: Plan, windows: Windows) -> CalibrationNote:
+    """Say what the importance of weights is taken from."""
+    names = tuple(Path(source.name).name for source in windows.sources)
+    return CalibrationNote(INLINE_STATISTICS, names, len(windows.ids), len(plan.linears))
+
+
+def _sinks(writers: Sequence[OutputWriter], layers: list[LayerReport], progress: Progress) -> Sinks:
     def keep(name: str, quantized: QuantizedTensor) -> None:
         held = quantized.cpu()
         for writer in writers:
@@ -228,7 +245,7 @@ def _run_blocks(
     settings: RunSettings,
     progress: Progress,
     sinks: Sinks,
-    writers: Sequence[_OutputWriter],
+    writers: Sequence[OutputWriter],
     spill: Path,
     windows: Windows | None,
     statistics: Mapping[int, Mapping[str, Moments]] | None,
@@ -255,7 +272,8 @@ def _run_blocks(
                 statistics=None if statistics is None else statistics[index],
             )
         for writer in writers:
-            writer.write_changed(result)
+            for name, tensor in result.changed.items():
+                writer.write_changed(name, tensor)
         progress.advance(f"block {index + 1} of {plan.n_blocks}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from qtool.errors import NumericalError
 from qtool.grids.protocol import Grid, QuantizedTensor
 from qtool.methods.awq import output_error
 from qtool.methods.propagation import corrected_target
-from qtool.pipeline.plan import Plan, PlannedLinear
+from qtool.methods.protocol import Rounded
+from qtool.pipeline.linears import PlannedLinear
+from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport
 
 
@@ -32,63 +35,87 @@ class RoundedTap:
 
 def round_tap(
     plan: Plan,
-    linears: Sequence[PlannedLinear],  # all of one tap and one grid
+    linears: Sequence[PlannedLinear],  # all of one tap
     weights: Mapping[str, Tensor],  # by path below the block, [R_i, C], any float dtype
     moments: Moments | None,  # on the device where rounding runs
     device: torch.device,
     *,
     fallback: str = "",
 ) -> RoundedTap:
-    """Round all linears of a tap as one matrix.
+    """Round all linears of a tap, those on one grid as one matrix.
 
     Raises:
         NumericalError: weights, Hessian or scales are not finite; names the linear.
     """
     started = time.perf_counter()
-    grid = linears[0].grid
     parts = [weights[x.path].to(device, torch.float32) for x in linears]
     sizes = [part.shape[0] for part in parts]
-    target = weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-    section = plan.recipe.quantize
     try:
-        if moments is not None and moments.hessian is not None and moments.cross is not None:
-            target = corrected_target(
-                weight,
-                moments.hessian,
-                moments.cross,
-                strength=section.error_propagation,
-                damp_percent=plan.options.damp_percent,
-            )
-        importance = None if moments is None else moments.diagonal
-        # Each matrix is fitted by itself: a grid per tensor must not span two of them.
-        fitted = grid.join([grid.fit(part, importance) for part in target.split(sizes)])
+        target = _target(plan, torch.cat(parts) if len(parts) > 1 else parts[0], moments)
         hessian = None if moments is None else moments.hessian
-        rounded = plan.rounding.round(target, hessian, grid, fitted, plan.options)
+        prepared = plan.rounding.prepare(hessian, plan.options)
+        targets = dict(zip(linears, target.split(sizes), strict=True))
+        tensors: dict[str, QuantizedTensor] = {}
+        dampings: dict[str, tuple[float | None, bool]] = {}
+        for grid in dict.fromkeys(x.grid for x in linears):
+            alike = [x for x in linears if x.grid == grid]
+            found = _round_alike(plan, {x: targets[x] for x in alike}, grid, prepared, moments)
+            split = found.tensor.split_rows([x.shape[0] for x in alike])
+            tensors.update(zip([x.name for x in alike], split, strict=True))
+            dampings.update({x.name: (found.damp_percent, found.damp_raised) for x in alike})
     except NumericalError as error:
         raise NumericalError(f"{linears[0].name}: {error.message}", error.hint) from error
-    check_finite(f"{linears[0].name} (scales)", rounded.tensor.dequantize())
     seconds = (time.perf_counter() - started) / len(linears)
-    tensors = dict(zip([x.name for x in linears], rounded.tensor.split_rows(sizes), strict=True))
-    compared = plan.rounding.name != "rtn" or target is not weight
+    compared = plan.rounding.name != "rtn" or (moments is not None and moments.cross is not None)
     reports = []
-    for linear, part, aimed in zip(linears, parts, target.split(sizes), strict=True):
-        plain = _to_nearest(part, grid.plain()) if compared else None
+    for linear, part in zip(linears, parts, strict=True):
+        plain = _to_nearest(part, linear.grid.plain()) if compared else None
         quantized = tensors[linear.name].dequantize()
-        relative, ratio = _errors(aimed, quantized, plain, moments)
+        check_finite(f"{linear.name} (scales)", quantized)
+        relative, ratio = _errors(targets[linear], quantized, plain, moments)
+        damp_percent, damp_raised = dampings[linear.name]
         reports.append(
             LayerReport(
                 name=linear.name,
-                grid=grid.name,
-                bits_per_weight=grid.bits_per_weight(*linear.shape),
+                grid=linear.grid.name,
+                bits_per_weight=linear.grid.bits_per_weight(*linear.shape),
                 relative_error=relative,
                 against_rtn=ratio,
                 seconds=seconds,
-                damp_percent=rounded.damp_percent,
-                damp_raised=rounded.damp_raised,
+                damp_percent=damp_percent,
+                damp_raised=damp_raised,
                 fallback=fallback,
             )
         )
     return RoundedTap(tensors, tuple(reports))
+
+
+def _target(plan: Plan, weight: Tensor, moments: Moments | None) -> Tensor:
+    """Return what is rounded: the weight [R, C], aimed at the float model's output if it can be."""
+    if moments is None or moments.hessian is None or moments.cross is None:
+        return weight
+    return corrected_target(
+        weight,
+        moments.hessian,
+        moments.cross,
+        strength=plan.recipe.quantize.error_propagation,
+        damp_percent=plan.options.damp_percent,
+    )
+
+
+def _round_alike(
+    plan: Plan,
+    targets: Mapping[PlannedLinear, Tensor],
+    grid: Grid,
+    prepared: Any,
+    moments: Moments | None,
+) -> Rounded:
+    parts = list(targets.values())
+    importance = None if moments is None else moments.diagonal
+    # Each matrix is fitted by itself: a grid per tensor must not span two of them.
+    fitted = grid.join([grid.fit(part, importance) for part in parts])
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return plan.rounding.round(joined, prepared, grid, fitted, plan.options)
 
 
 def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:

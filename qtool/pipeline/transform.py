@@ -12,7 +12,8 @@ from torch import Tensor
 from qtool.calibration.moments import Moments
 from qtool.methods.awq import search_scale, untie_repeated
 from qtool.model.folding import fold, head_layout
-from qtool.pipeline.plan import Plan, PlannedLinear
+from qtool.pipeline.linears import PlannedLinear
+from qtool.pipeline.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A pattern is a glob over the module's full name (`model.layers.0.*`) or over its last parts
 (`lm_head`, `down_proj`, `mlp.*_proj`), or, after `re:`, a regular expression that must match from
-the start of the name. `*` also crosses dots. The name may end in `.weight`.
+the start of the name. `*` also crosses dots. Both may end in `.weight`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any
 import yaml
 
 from qtool.errors import UsageError
+from qtool.ggml_types import GGML_TYPES
 from qtool.recipe.load import validated
 from qtool.recipe.schema import Rule
 
-OVERRIDE_FORM = "for example --override 'down_proj=bits:8,group_size:32'"
+OVERRIDE_FORM = "for example --override 'down_proj=bits:8,group_size:32' or 'attn_v=Q6_K'"
 
 
 def matches(pattern: str, name: str) -> bool:
     """Return whether a pattern matches a module's or its weight's name."""
     module = name.removesuffix(".weight")
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return any(re.match(pattern[3:], known) for known in (module, f"{module}.weight"))
+    pattern = pattern.removesuffix(".weight")
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 
 
@@ -41,7 +43,7 @@ def unmatched(rules: Sequence[Rule], names: Iterable[str]) -> list[Rule]:
 
 
 def parse_override(text: str) -> Rule:
-    """Read `PATTERN=key:value,key:value` as `--override` takes it.
+    """Read `PATTERN=key:value,key:value`, or `PATTERN=TYPE` for GGUF, as `--override` takes it.
 
     Raises:
         UsageError: not of that form, an unknown key, or a value that does not fit.
@@ -51,10 +53,14 @@ def parse_override(text: str) -> Rule:
     if not separator or not pattern or not settings:
         raise UsageError(f"{place}: not PATTERN=KEY:VALUE", OVERRIDE_FORM)
     data: dict[str, Any] = {"match": pattern}
+    if ":" not in settings and settings.strip().upper() in {name.upper() for name in GGML_TYPES}:
+        return validated(Rule, {"match": pattern, "type": settings.strip()}, place)
     for setting in settings.split(","):
         key, colon, value = setting.partition(":")
         if not colon or not value.strip():
-            raise UsageError(f"{place}: '{setting}' is not KEY:VALUE", OVERRIDE_FORM)
+            raise UsageError(
+                f"{place}: '{setting}' is neither KEY:VALUE nor a type of ggml", OVERRIDE_FORM
+            )
         if key.strip() in data:
             raise UsageError(f"{place}: the key '{key.strip()}' stands twice", OVERRIDE_FORM)
         try:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qtool.errors import UsageError
+from qtool.ggml_types import GGML_TYPES
 from qtool.recipe.sizes import parse_size
 
 Item = TypeVar("Item")
@@ -24,6 +25,9 @@ Target = Literal["vllm", "transformers", "llama.cpp", "ollama"]
 Metric = Literal["ppl", "kld", "top1", "flips"]
 GroupSize = Annotated[int, Field(ge=-1)]
 Count = Annotated[int, Field(ge=1)]
+
+# GGUF file types that are rounded to nearest unless a method is named.
+UNCALIBRATED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q6_K"})
 
 PER_CHANNEL = -1  # group_size: one scale for each output row
 PER_TENSOR = 0  # group_size: one scale for the whole matrix
@@ -110,6 +114,7 @@ class Rule(Section):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = None
+    type: str | None = None  # gguf: the tensor's type, such as Q6_K; other formats pass it by
     why: str = ""
 
     @property
@@ -117,6 +122,11 @@ class Rule(Section):
         """The keys of `quantize` that this rule replaces."""
         named = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         return {key: value for key, value in named.items() if value is not None}
+
+    @field_validator("type")
+    @classmethod
+    def _known_type(cls, value: str | None) -> str | None:
+        return None if value is None else _ggml_type(value)
 
     @field_validator("match")
     @classmethod
@@ -130,17 +140,50 @@ class Rule(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> Rule:
-        if self.keep == bool(self.changes):
-            raise ValueError("either keep: true or some of bits, group_size and symmetric")
+        if self.keep == bool(self.changes or self.type):
+            raise ValueError("either keep: true or some of bits, group_size, symmetric and type")
         return self
 
 
 class Export(Section):
-    """One output: its format, and who shall read it."""
+    """One output: its format, and who shall read it; all keys below `target` are for gguf."""
 
     format: Annotated[str, Field(min_length=1)]
     target: Target | None = None
-    modelfile: bool = False  # gguf: write an Ollama Modelfile beside it
+    modelfile: bool = False  # write an Ollama Modelfile beside it
+    output_type: str | None = None  # type of the output projection, such as Q8_0
+    embed_type: str | None = None  # type of the token embeddings
+    pre: str | None = None  # llama.cpp's name of the pre-tokenizer, where it is not recognised
+    strict: bool = False  # refuse rows that the type's blocks do not divide
+    split_max_size: str | None = None  # such as 4GB: several files of at most that
+
+    @property
+    def gguf_type(self) -> str | None:
+        """The file type of a gguf output, such as `Q4_K_M`; None for other formats."""
+        name, _, kind = self.format.partition(":")
+        return kind.upper() if name.lower() == "gguf" else None
+
+    @field_validator("output_type", "embed_type")
+    @classmethod
+    def _known_type(cls, value: str | None) -> str | None:
+        return None if value is None else _ggml_type(value)
+
+    @field_validator("split_max_size")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        return None if value is None else _parsed_size(value)
+
+    @model_validator(mode="after")
+    def _names_a_type(self) -> Export:
+        if self.format.lower() == "gguf" or self.gguf_type == "":
+            raise ValueError("a gguf format with its type, such as gguf:Q4_K_M")
+        only_gguf = (self.output_type, self.embed_type, self.pre, self.split_max_size)
+        if self.gguf_type is None and (any(only_gguf) or self.strict or self.modelfile):
+            raise ValueError(
+                "a gguf format where modelfile, output_type, embed_type, pre, strict or "
+                "split_max_size is given"
+            )
+        return self
 
 
 class Evaluation(Section):
@@ -179,17 +222,28 @@ class Recipe(Section):
     @field_validator("max_shard_size")
     @classmethod
     def _size(cls, value: str) -> str:
-        try:
-            parse_size(value)
-        except UsageError as error:  # pydantic adds the key to what it says
-            raise ValueError("a size such as 5GB or 2GiB") from error
-        return value
+        return _parsed_size(value)
+
+
+def _parsed_size(value: str) -> str:
+    try:
+        parse_size(value)
+    except UsageError as error:  # pydantic adds the key to what it says
+        raise ValueError("a size such as 5GB or 2GiB") from error
+    return value
+
+
+def _ggml_type(value: str) -> str:
+    named = {name.upper(): name for name in GGML_TYPES}
+    if value.upper() not in named:
+        raise ValueError(f"a type of ggml such as Q6_K or F16, not '{value}'")
+    return named[value.upper()]
 
 
 def resolved(recipe: Recipe) -> Recipe:
     """Return the recipe with every open key of `quantize` and `export` decided."""
     quantize = recipe.quantize
-    method: Method = quantize.method or ("rtn" if quantize.bits == 8 else "awq")
+    method = quantize.method or _default_method(recipe)
     symmetric = quantize.symmetric
     if symmetric is None:
         symmetric = method != "awq" and all(export.format != "awq" for export in recipe.export)
@@ -199,6 +253,14 @@ def resolved(recipe: Recipe) -> Recipe:
     )
     export = recipe.export or (Export(format=_default_format(decided, recipe.rules)),)
     return recipe.model_copy(update={"quantize": decided, "export": export})
+
+
+def _default_method(recipe: Recipe) -> Method:
+    types = [export.gguf_type for export in recipe.export]
+    if types and None not in types:
+        # Types of 6 bits and more lose so little that calibration is not worth its time.
+        return "rtn" if set(types) <= UNCALIBRATED_TYPES else "gptq"
+    return "rtn" if recipe.quantize.bits == 8 else "awq"
 
 
 def _default_format(quantize: Quantize, rules: tuple[Rule, ...]) -> str:

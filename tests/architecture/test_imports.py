@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LOWEST = {"registry", "errors", "device", "json_text", "ggml_types"}
 LOW = {"grids", "checkpoint", "recipe"} | LOWEST
-MIDDLE = {"evaluation", "formats", "methods", "calibration", "model"} | LOW
+MIDDLE = {"evaluation", "formats", "memory", "methods", "calibration", "model"} | LOW
 
 # Package or module directly below qtool -> those it may import. Its own modules it always may, and
 # `from qtool import __version__` everybody may.
@@ -25,6 +25,7 @@ ALLOWED = {
     "evaluation": {"model", "formats", "calibration"} | LOW,
     "formats": LOW,
     "methods": LOW,
+    "memory": {"formats", "model"} | LOW,
     "model": {"calibration"} | LOW,
     "calibration": LOW,
     "grids": LOWEST,

@@ -55,7 +55,7 @@ def test_a_warning_is_part_of_the_object(here, qtool):
 def test_statistics(here, qtool):
     value = qtool("calibrate", "./model", "-o", "stats.gguf", *SMALL, "--json").value
     assert value["artifacts"] == [
-        {"format": "imatrix", "path": str(here / "stats.gguf"), "tensors": 14}
+        {"format": "imatrix", "path": str(here / "stats.gguf"), "tensors": 15}
     ]
 
 
@@ -79,7 +79,8 @@ def test_one_window_has_no_standard_error_and_no_nan(here, qtool):
         (("quantize", "./nowhere"), "usage"),
         (("calibrate", "./nowhere", "-o", "stats.gguf"), "usage"),
         (("eval", "./nowhere"), "usage"),
-        (("quantize", "./model", "-f", "gguf:Q4_K_M"), "usage"),
+        (("quantize", "./model", "-f", "gguf:Q9_K"), "usage"),
+        (("export", "./nowhere", "-f", "gguf:Q8_0"), "usage"),
         (("quantize", "./model", "-m", "awq", "-f", "awq", "-b", "8"), "unsupported"),
         (("quantize", "--no-such-flag"), "usage"),
         (("eval",), "usage"),

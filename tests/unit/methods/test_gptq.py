@@ -7,7 +7,7 @@ from oracles.obq import obq, output_error
 
 from qtool.errors import NumericalError
 from qtool.grids.integer import IntegerGrid
-from qtool.methods.gptq import gptq, inverse_cholesky
+from qtool.methods.gptq import gptq, inverse_cholesky, prepare
 from qtool.methods.protocol import METHODS, ROUNDINGS, RoundingOptions, method_named
 from qtool.methods.rtn import rtn
 
@@ -33,8 +33,12 @@ def options(**changes):
     return RoundingOptions(**{"damp_percent": 0.01, **changes})
 
 
+def rounded(weight, hessian, grid, parameters, settings):
+    return gptq(weight, prepare(hessian, settings), grid, parameters, settings)
+
+
 def run(weight, hessian, grid=GRID, **changes):
-    return gptq(weight, hessian, grid, grid.fit(weight.float()), options(**changes))
+    return rounded(weight, hessian, grid, grid.fit(weight.float()), options(**changes))
 
 
 def spread(values, grid, columns):
@@ -89,7 +93,7 @@ def test_float32_loses_nothing_that_matters(act_order):
 def test_gptq_with_identity_hessian_is_rtn(grid, act_order):
     weight, _ = problem()
     parameters = grid.fit(weight)
-    ours = gptq(weight, torch.eye(48), grid, parameters, options(act_order=act_order))
+    ours = rounded(weight, torch.eye(48), grid, parameters, options(act_order=act_order))
     plain = rtn(weight, None, grid, parameters, options())
     assert torch.equal(ours.tensor.codes, plain.tensor.codes)
 
@@ -100,7 +104,7 @@ def ratios(bits, act_order, shape=(16, 96), tokens=512, seeds=8):
     for seed in range(seeds):
         weight, hessian = problem(*shape, seed=seed, tokens=tokens)
         parameters = grid.fit(weight)
-        ours = gptq(weight, hessian, grid, parameters, options(act_order=act_order))
+        ours = rounded(weight, hessian, grid, parameters, options(act_order=act_order))
         plain = rtn(weight, None, grid, parameters, options())
         found.append(
             output_error(ours.tensor.dequantize() - weight, hessian)
@@ -135,7 +139,7 @@ def test_block_size_does_not_change_the_result(act_order):
 def test_parameters_are_those_that_were_fitted():
     weight, hessian = problem()
     parameters = GRID.fit(weight)
-    ours = gptq(weight, hessian, GRID, parameters, options()).tensor
+    ours = rounded(weight, hessian, GRID, parameters, options()).tensor
     assert ours.parameters is parameters
     assert ours.grid is GRID
     assert ours.codes.dtype == torch.uint8
@@ -157,7 +161,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing(act_order):
     alive = [c for c in range(48) if c not in dead]
     hessian[dead], hessian[:, dead] = 0, 0
     parameters = GRID.fit(weight.float())
-    ours = gptq(weight, hessian, GRID, parameters, options(act_order=act_order)).tensor
+    ours = rounded(weight, hessian, GRID, parameters, options(act_order=act_order)).tensor
     nearest = GRID.encode(weight.float(), parameters)
     assert torch.equal(ours.codes[:, dead], nearest[:, dead])
     # The others are what they are without those inputs, at the same absolute damping.
@@ -235,7 +239,7 @@ def test_a_hessian_that_is_not_finite_is_a_numerical_error(value):
 
 def test_a_missing_hessian_is_a_programming_error():
     with pytest.raises(TypeError, match="Hessian"):
-        gptq(problem()[0], None, GRID, GRID.fit(problem()[0]), options())
+        rounded(problem()[0], None, GRID, GRID.fit(problem()[0]), options())
 
 
 def test_inputs_are_not_modified():
@@ -245,8 +249,8 @@ def test_inputs_are_not_modified():
     tensors = (weight, hessian, parameters.scale, parameters.zero)
     before = [tensor.clone() for tensor in tensors]
     for act_order in (False, True):
-        gptq(weight, hessian, GRID, parameters, options(act_order=act_order))
-    rtn(weight, hessian, GRID, parameters, options())
+        rounded(weight, hessian, GRID, parameters, options(act_order=act_order))
+    rtn(weight, None, GRID, parameters, options())
     inverse_cholesky(hessian, 0.01)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 

@@ -1,0 +1,135 @@
+"""A model directory of safetensors with a packed format, for vLLM, transformers and GPTQModel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoint.locate import locate
+from qtool.checkpoint.output import write_error
+from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.shards import ShardPlan, ShardWriter
+from qtool.errors import DamagedError
+from qtool.formats.protocol import Format
+from qtool.formats.reading import DenseSource
+from qtool.grids.protocol import QuantizedTensor
+from qtool.pipeline.outputs import CalibrationNote
+
+if TYPE_CHECKING:
+    from qtool.pipeline.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlannedDirectory:
+    """One directory that will be written."""
+
+    format: Format
+    shards: ShardPlan
+    quantization_config: Mapping[str, Any]
+    kept: tuple[str, ...]  # linears left as they are
+    warnings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+        return self.format.name
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """Engines known to read it."""
+        return self.format.loads_in
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weight files and their index."""
+        return self.shards.n_bytes
+
+    @property
+    def n_files(self) -> int:
+        """How many weight files there are."""
+        return len(self.shards.shards)
+
+    def noted(self, note: CalibrationNote | None) -> PlannedDirectory:
+        """Return the output as it is: the recipe and the card beside it say more."""
+        del note
+        return self
+
+    def writer(self, plan: Plan, directory: Path) -> DirectoryWriter:
+        """Create the shards, empty, and return what fills them."""
+        return DirectoryWriter(self, plan, directory)
+
+    def write_companions(self, plan: Plan, directory: Path) -> tuple[str, ...]:
+        """Write config.json, and the tokenizer and other small files of the model byte for byte.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
+        config = dict(plan.checkpoint.config)
+        config["quantization_config"] = dict(self.quantization_config)
+        try:
+            for source in plan.checkpoint.extra_files:
+                target = directory / source.relative_to(plan.checkpoint.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+            text = json.dumps(config, indent=2) + "\n"
+            (directory / "config.json").write_text(text, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise write_error(Path(error.filename or directory), error) from error
+        return ()
+
+    def verify(self, plan: Plan, directory: Path) -> None:
+        """Open the output as a model and unpack every linear the way an engine would.
+
+        Raises:
+            DamagedError: a tensor is missing, has another grid than planned, or is not finite.
+        """
+        checkpoint = locate(str(directory))
+        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        with TensorReader(checkpoint.refs) as reader:
+            source = DenseSource(checkpoint, reader)
+            for linear in plan.linears:
+                if linear.name not in source.grids:
+                    raise DamagedError(
+                        f"verification failed: '{linear.name}' is not packed as {self.name}",
+                        "this is a bug in qtool; nothing was kept",
+                    )
+                weight = source.read(f"{linear.name}.weight")
+                if tuple(weight.shape) != linear.shape or not bool(torch.isfinite(weight).all()):
+                    raise DamagedError(
+                        f"verification failed: '{linear.name}' in {directory} does not read back "
+                        f"as finite {list(linear.shape)}",
+                        "this is a fault of the disk or a bug in qtool; nothing was kept",
+                    )
+
+
+class DirectoryWriter:
+    """Packs finished linears into the shards of one directory."""
+
+    def __init__(self, output: PlannedDirectory, plan: Plan, directory: Path) -> None:
+        self._format = output.format
+        self._refs = plan.checkpoint.refs
+        self._shards = ShardWriter(output.shards, directory)
+
+    def write(self, name: str, quantized: QuantizedTensor) -> None:
+        """Pack the linear of module path `name`."""
+        for full, tensor in self._format.pack(name, quantized).items():
+            self._shards.write(full, tensor)
+
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that a transform rewrote."""
+        self._shards.write(name, tensor.cpu())
+
+    def finish(self) -> dict[str, str]:
+        """Copy what is stored as it was, byte for byte, and close; return the files' SHA-256."""
+        for name, ref in self._refs.items():
+            if name in self._shards.missing:
+                self._shards.write_from(ref)
+        self._shards.close()
+        return self._shards.digests()

@@ -1,0 +1,85 @@
+"""What the plan and the engine ask of any output, whatever its files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from qtool.grids.protocol import QuantizedTensor
+
+if TYPE_CHECKING:
+    from qtool.pipeline.plan import Plan
+
+
+@dataclass(frozen=True)
+class CalibrationNote:
+    """What a file says of the text behind it.
+
+    Args:
+        file: base name of the statistics' file, or what stands for one.
+        datasets: base names, never paths.
+        windows: how many were looked at.
+        entries: weights for which there were statistics.
+    """
+
+    file: str
+    datasets: tuple[str, ...]
+    windows: int
+    entries: int
+
+
+class OutputWriter(Protocol):
+    """Takes finished tensors and puts them in their place."""
+
+    def write(self, name: str, quantized: QuantizedTensor) -> None:
+        """Pack the linear of module path `name`."""
+
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that a transform rewrote; `name` is the checkpoint's."""
+
+    def finish(self) -> Mapping[str, str]:
+        """Write everything that is left and close; return file name -> SHA-256."""
+
+
+class PlannedOutput(Protocol):
+    """One result: a directory for an engine, or a GGUF file."""
+
+    @property
+    def name(self) -> str:
+        """The format as one types it, such as `gptq` or `gguf:Q4_K_M`."""
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """Engines known to read it."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weight files."""
+
+    @property
+    def n_files(self) -> int:
+        """How many weight files there are."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Linears left as they are."""
+
+    @property
+    def warnings(self) -> tuple[tuple[str, str], ...]:
+        """(code, message) of what the user should know before anything starts."""
+
+    def noted(self, note: CalibrationNote | None) -> PlannedOutput:
+        """Return the output with what its file says of the calibration text, if it says that."""
+
+    def writer(self, plan: Plan, directory: Path) -> OutputWriter:
+        """Create the files in `directory`, empty, and return what fills them."""
+
+    def write_companions(self, plan: Plan, directory: Path) -> tuple[str, ...]:
+        """Write the small files that belong beside the weights; return warnings."""
+
+    def verify(self, plan: Plan, directory: Path) -> None:
+        """Read everything back; DamagedError if it is not what was planned."""
