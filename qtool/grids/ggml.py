@@ -23,6 +23,7 @@ from qtool.ggml_types import GGML_TYPES
 from qtool.grids.ggml_affine import fit_affine
 from qtool.grids.ggml_levels import levels_of, nearest_codes, to_bytes
 from qtool.grids.ggml_parameters import BlockParameters, GgmlLayout
+from qtool.grids.ggml_refit import GgmlRefit
 from qtool.grids.ggml_symmetric import fit_symmetric
 
 # Values that the codes of IQ4_NL and IQ4_XS stand for, before scaling.
@@ -149,6 +150,10 @@ class GgmlGrid:
     def columns(self, parameters: BlockParameters) -> GgmlColumns:
         """Return a rounder of single columns."""
         return GgmlColumns(self, parameters)
+
+    def refit(self, codes: Tensor, parameters: BlockParameters) -> GgmlRefit:
+        """Return the scales and offsets for a refit while codes [R, C] uint8 stay."""
+        return GgmlRefit(codes, parameters, self.layout)
 
     def join(self, parts: list[BlockParameters]) -> BlockParameters:
         """Stack the parameters of several matrices along R."""

@@ -12,13 +12,16 @@ Shapes: R = out_features, C = in_features, G = groups along C (1 unless per grou
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qtool.errors import UsageError
+from qtool.grids.refit import Knob
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -195,6 +198,10 @@ class IntegerGrid:
         """Return a rounder of single columns."""
         return IntegerColumns(self, parameters)
 
+    def refit(self, codes: Tensor, parameters: IntegerParameters) -> IntegerRefit | None:
+        """Return the scales for a refit, None where rows share one."""
+        return None if self.granularity == "tensor" else IntegerRefit(self, codes, parameters)
+
     def join(self, parts: list[IntegerParameters]) -> IntegerParameters:
         """Stack the parameters of several matrices along R."""
         return IntegerParameters(
@@ -204,6 +211,34 @@ class IntegerGrid:
     def rows(self, parameters: IntegerParameters, start: int, stop: int) -> IntegerParameters:
         """Return the parameters of rows `start` to `stop`."""
         return IntegerParameters(parameters.scale[start:stop], parameters.zero[start:stop])
+
+
+class IntegerRefit:
+    """Scales of groups while codes and zeros stay."""
+
+    def __init__(self, grid: IntegerGrid, codes: Tensor, parameters: IntegerParameters) -> None:
+        self._grid = grid
+        self._codes = codes.T.to(torch.float32)  # [C, R]
+        self._scale = parameters.scale.T.contiguous()  # [G, R]
+        self._zero = parameters.zero.T.contiguous()
+
+    def groups(self) -> Iterator[tuple[slice, Iterator[Knob]]]:
+        """Yield each group's columns and its scale."""
+        width = self._grid.width(len(self._codes))
+        for group in range(len(self._scale)):
+            columns = slice(group * width, (group + 1) * width)
+            direction = self._codes[columns] - self._zero[group]
+            yield columns, iter([Knob(direction, partial(self._move, group))])
+
+    def _move(self, group: int, change: Tensor) -> Tensor:
+        old = self._scale[group].clone()
+        # Half of a scale is as far as least squares can sensibly want to go.
+        self._scale[group] = self._grid.storable(torch.maximum(old + change, old / 2))
+        return self._scale[group] - old
+
+    def parameters(self) -> IntegerParameters:
+        """Return the parameters as they are now."""
+        return IntegerParameters(self._scale.T.contiguous(), self._zero.T.contiguous())
 
 
 class IntegerColumns:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qtool.grids.refit import Refit
+
 
 class ColumnRounder(Protocol):
     """Rounds one column at a time with parameters that are already fixed."""
@@ -57,6 +59,9 @@ class Grid(Protocol):
 
     def columns(self, parameters: Any) -> ColumnRounder:
         """Return a rounder of single columns for parameters that are already chosen."""
+
+    def refit(self, codes: Tensor, parameters: Any) -> Refit | None:
+        """Return what may move while codes [R, C] uint8 stay, None if nothing may."""
 
     def join(self, parts: list[Any]) -> Any:
         """Stack the parameters of several matrices along R."""

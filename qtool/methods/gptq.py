@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.errors import NumericalError
 from qtool.grids.protocol import ColumnRounder, Grid, QuantizedTensor
+from qtool.methods.descent import descend
 from qtool.methods.protocol import Rounded, Rounding, RoundingOptions
 
 DAMPING_STEP = 10.0
@@ -32,6 +33,7 @@ class Feedback:
     order: Tensor  # [C] int64, the columns in the order in which they are rounded
     factor: Tensor  # [C, C] float32, upper triangular, rows and columns in that order
     damp_percent: float  # what was really added
+    hessian: Tensor  # [C, C] float32, in its own order and without damping
 
 
 def prepare(hessian: Tensor | None, options: RoundingOptions) -> Feedback:
@@ -48,7 +50,7 @@ def prepare(hessian: Tensor | None, options: RoundingOptions) -> Feedback:
         else torch.arange(len(hessian), device=hessian.device)
     )
     factor, damping = inverse_cholesky(hessian[order][:, order], options.damp_percent)
-    return Feedback(order, factor, damping)
+    return Feedback(order, factor, damping, hessian)
 
 
 def gptq(
@@ -73,6 +75,16 @@ def gptq(
     restored[order] = codes
     quantized = QuantizedTensor(restored.T.contiguous().to(torch.uint8), parameters, grid)
     damping = feedback.damp_percent
+    if options.sweeps:
+        quantized = descend(
+            weight,
+            quantized,
+            feedback.hessian,
+            damping * float(feedback.hessian.diagonal().mean()) or 1.0,
+            order,
+            sweeps=options.sweeps,
+            block_columns=options.block_columns,
+        )
     return Rounded(quantized, damping, damping > options.damp_percent)
 
 

@@ -23,11 +23,13 @@ class RoundingOptions:
     Args:
         damp_percent: fraction of mean(diag H) added to the diagonal of the Hessian.
         act_order: round columns by falling diag H; with static groups it costs nothing later.
+        sweeps: how often gptq visits all columns again; scales move between two of them.
         block_columns: columns updated eagerly; the rest wait for one matrix product.
     """
 
     damp_percent: float = 0.05
     act_order: bool = True
+    sweeps: int = 3
     block_columns: int = 128
 
 

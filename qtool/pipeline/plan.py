@@ -100,7 +100,9 @@ def make_plans(
     method = method_named(str(recipe.quantize.method))
     rounding = ROUNDINGS[method.rounding]
     options = RoundingOptions(
-        damp_percent=recipe.quantize.damp_percent, act_order=recipe.quantize.act_order
+        damp_percent=recipe.quantize.damp_percent,
+        act_order=recipe.quantize.act_order,
+        sweeps=recipe.quantize.sweeps,
     )
     wanted = importance or bool(rounding.needs) or method.transform is not None
     plans = []

@@ -101,6 +101,8 @@ class Quantize(Section):
     clip: bool | None = None  # search scales for least squared error; None: all but rtn
     act_order: bool = True  # gptq: round the columns with the largest inputs first
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.05  # gptq: fraction of mean(diag H)
+    # gptq: how often all columns are chosen anew afterwards, with scales moved in between.
+    sweeps: Annotated[int, Field(ge=0, le=100)] = 3
     # How far each layer is aimed at what the float model computes, from the inputs it really gets:
     # 0 rounds the weights as they are, 1 corrects in full for the layers before.
     error_propagation: Annotated[float, Field(ge=0, le=1)] = 0.5

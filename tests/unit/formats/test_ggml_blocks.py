@@ -146,6 +146,14 @@ def test_bytes_may_lie_anywhere_in_memory(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_codes_may_lie_anywhere_in_memory(name):
+    tensor = random_tensor(name, rows=2, blocks=1, seed=11)
+    codes = torch.cat([torch.zeros(3, dtype=torch.uint8), tensor.codes.flatten()])[3:]
+    moved = QuantizedTensor(codes.view(tensor.shape), tensor.parameters, tensor.grid)
+    assert torch.equal(pack(moved), pack(tensor))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_matrix_without_rows_has_no_bytes(name):
     kind = GGML_TYPES[name]
     empty = unpack(name, torch.empty((0, 2 * kind.block_bytes), dtype=torch.uint8), 2 * kind.block)

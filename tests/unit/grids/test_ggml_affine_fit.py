@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import llama_cpp
 
-from qtool.grids import ggml_affine
+from qtool.grids import ggml_affine, ggml_affine_integers
 from qtool.grids.ggml import LAYOUTS, GgmlGrid
 
 NAMES = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
@@ -45,6 +45,8 @@ DRAWS = {
         normal(rows, columns, 6) * (torch.rand(rows, columns, generator=generator(7)) < 0.1)
     ),
 }
+# The same against the best integers for the fp16 numbers that were chosen.
+INTEGER_SLACK = {"Q2_K": 1.015, "Q4_K": 1.02, "Q5_K": 1.08}
 IMPORTANCE = {"alike": None, "lognormal": 1.0, "outliers": 2.5}
 
 
@@ -129,6 +131,72 @@ def test_the_search_loses_to_the_range_in_no_block(name, draw, kind):
         return squared.reshape(-1, block).sum(dim=1)
 
     assert (of_blocks(searched) <= of_blocks(plain) * 1.001 + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_search_does_not_lose_to_the_range_where_sums_cancel(name):
+    weight, importance = -1 + normal(64, 1024, seed=11) * 5e-3, lognormal(1024, spread=8.0)
+    searched, plain = (fitted(name, weight, importance, search)[0] for search in (True, False))
+    least = error(weight, plain, importance)
+    assert error(weight, searched, importance) < 1.01 * least
+
+
+@pytest.mark.parametrize("name", WITH_INTEGERS)
+def test_integers_come_close_to_the_best_for_their_fp16_numbers(name):
+    weight, importance = student(6, 256, seed=12), lognormal(256, seed=13)
+    layout = LAYOUTS[name]
+    values, parameters = fitted(name, weight, importance)
+    count, top = 256 // layout.sub, layout.levels[-1]
+    integers = np.arange(layout.scales[1] + 1.0)
+    best = 0.0
+    for row in range(6):
+        scale = integers[:, None, None] * float(parameters.super_scale[row, 0])
+        offset = integers[None, :, None] * float(parameters.super_offset[row, 0])
+        for j in range(count):
+            part = slice(j * layout.sub, (j + 1) * layout.sub)
+            x = weight[row, part].double().numpy()
+            codes = np.round((x + offset) / np.maximum(scale, 1e-30)).clip(0, top)
+            errors = (x - codes * scale + offset) ** 2 * importance[part].double().numpy()
+            best += errors.sum(axis=2).min()
+    assert best * 0.999 <= error(weight, values, importance) <= best * INTEGER_SLACK[name]
+
+
+STEPS = {
+    "_neighbours": lambda tile, chosen, most: (
+        chosen,
+        tile.at(chosen.scale(), chosen.offset() + tile.mean),
+    ),
+    "_solve": lambda tile, moments, chosen: chosen,
+    "_reround": lambda tile, moments, chosen, most: chosen,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", WITH_INTEGERS)
+def test_every_step_towards_integers_lowers_the_error(name, step, monkeypatch):
+    weight, importance = DRAWS["sparse"](128, 768), lognormal(768)
+    whole = error(weight, fitted(name, weight, importance)[0], importance)
+    monkeypatch.setattr(ggml_affine_integers, step, STEPS[step])
+    assert error(weight, fitted(name, weight, importance)[0], importance) > 1.002 * whole
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+def test_the_range_fit_covers_the_range(name):
+    # fp16 numbers near 1 lie further apart than these weights.
+    weight = 1 + normal(40, 96) * 1e-2
+    values, parameters = fitted(name, weight, search=False)
+    steps = parameters.super_scale.repeat_interleave(32, dim=1)
+    assert ((values - weight).abs() <= 0.51 * steps).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dead_sub_block_is_fitted_all_the_same(name):
+    weight, importance = normal(6, 512), lognormal(512)
+    importance[64:128] = 0
+    values, _ = fitted(name, weight, importance)
+    dead, kept = (slice(64, 128), slice(128, 192))
+    share = error(weight[:, dead], values[:, dead]) / error(weight[:, kept], values[:, kept])
+    assert 0.3 < share < 2
 
 
 @pytest.mark.parametrize("search", [True, False])

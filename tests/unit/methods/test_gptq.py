@@ -30,7 +30,7 @@ def problem(rows=6, columns=48, seed=0, tokens=256):
 
 
 def options(**changes):
-    return RoundingOptions(**{"damp_percent": 0.01, **changes})
+    return RoundingOptions(**{"damp_percent": 0.01, "sweeps": 0, **changes})
 
 
 def rounded(weight, hessian, grid, parameters, settings):
