@@ -94,8 +94,9 @@ def calibrate(
             "warnings": [{"code": c, "message": m} for c, m in progress.warnings],
             "error": None,
         }
+        beside = f", beside {len(others)} merged" if others else ""
         shown = (
-            f"wrote {output}: {len(found.moments)} linears, {data.ids.numel()} tokens\n\n"
+            f"wrote {output}: {len(found.moments)} linears, {data.ids.numel()} tokens{beside}\n\n"
             f"next: qtool quantize {model} --method awq --statistics {output}"
         )
         lines = "\n".join(printable(line) for line in shown.split("\n"))

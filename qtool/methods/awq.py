@@ -20,6 +20,7 @@ from torch import Tensor
 from qtool.grids.protocol import Grid
 
 GRID_POINTS = 20
+SAMPLED_ROWS, FINALISTS = 128, 3
 # Folding a scale of 1e-4 into a 16-bit norm weight is safe; the paper's code stops there too.
 SMALLEST_SCALE = 1e-4
 
@@ -62,17 +63,32 @@ def search_scale(
     importance = tie_repeated(mean_abs, shared, repeats).clamp(min=1e-8)
     # The scale hardly depends on how a group's range is chosen later: search with cheap fits.
     weights = [(weight, grid.plain()) for weight, grid in weights]
-    plain = sum(_error(weight, grid, moment, None) for weight, grid in weights)
+    ratios = [step / grid_points for step in range(1, grid_points)]
+    scales = {ratio: _scale(importance, ratio) for ratio in ratios}
+    if all(len(weight) > SAMPLED_ROWS for weight, _ in weights):
+        # Ratios are ranked on some rows of each weight; all rows decide between the best.
+        sample = [(weight[:: len(weight) // SAMPLED_ROWS], grid) for weight, grid in weights]
+        ratios = sorted(ratios, key=lambda ratio: _errors(sample, moment, scales[ratio]))
+        ratios = sorted(ratios[:FINALISTS])
+    plain = _errors(weights, moment, None)
     best = ScaleSearch(torch.ones_like(mean_abs), 0.0, plain, plain)
-    for step in range(1, grid_points):
-        ratio = step / grid_points
-        scale = importance.pow(ratio).clamp(min=SMALLEST_SCALE)
-        # Centre the scales on one, so that neither weights nor the previous op overflow 16 bits.
-        scale = scale / math.sqrt(float(scale.max()) * float(scale.min()))
-        error = sum(_error(weight, grid, moment, scale) for weight, grid in weights)
+    for ratio in ratios:
+        error = _errors(weights, moment, scales[ratio])
         if error < best.error:
-            best = ScaleSearch(scale, ratio, error, plain)
+            best = ScaleSearch(scales[ratio], ratio, error, plain)
     return best
+
+
+def _scale(importance: Tensor, ratio: float) -> Tensor:
+    scale = importance.pow(ratio).clamp(min=SMALLEST_SCALE)
+    # Centre the scales on one, so that neither weights nor the previous op overflow 16 bits.
+    return scale / math.sqrt(float(scale.max()) * float(scale.min()))
+
+
+def _errors(
+    weights: Sequence[tuple[Tensor, Grid]], moment: Tensor, scale: Tensor | None
+) -> float:
+    return sum(_error(weight, grid, moment, scale) for weight, grid in weights)
 
 
 def tie_repeated(values: Tensor, head: int, repeats: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Coordinate descent after GPTQ: never worse, and in the end no single code or scale can be better."""
+"""Descent after GPTQ: never worse, and in the end no single code or scale can be better."""
 
 import itertools
 

@@ -59,9 +59,10 @@ def test_every_key_of_a_shipped_recipe_has_a_comment(path):
     assert [line for line in keys if "  # " not in line] == []
 
 
-def test_all_six_recipes_are_shipped():
+def test_all_eight_recipes_are_shipped():
     assert {path.stem for path in RECIPES} == {
         "rtn-w8", "rtn-w4g128", "gptq-w4g128", "gptq-w3g128", "awq-w4g128", "awq-gptq-w4g128",
+        "gguf-q4_k_m", "vllm-and-ollama",
     }  # fmt: skip
 
 
