@@ -11,6 +11,7 @@ import typer
 from qtool import __version__
 from qtool.cli import options
 from qtool.cli.calibrate import calibrate
+from qtool.cli.estimate_memory import estimate_memory
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
 from qtool.cli.quantize import quantize
@@ -24,6 +25,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "qtool inspect ./model",
         "qtool inspect ./model --tensors --json",
         "qtool inspect ./model-awq-w4g128 --diff ./model",
+    ),
+    "estimate-memory": (
+        "qtool estimate-memory 8b",
+        "qtool estimate-memory 70b --gpu 2x24GB --ram 64GB --ctx 16384",
+        "qtool estimate-memory ./model --gpu rtx4090 --explain gguf:Q8_0",
+        "qtool estimate-memory 8b --gpu 24GB --phase qlora --ctx 1024",
     ),
     "quantize": (
         "qtool quantize ./model --dry-run",
@@ -99,6 +106,7 @@ def inspect(
 
 
 _COMMANDS: Mapping[str, Callable[..., None]] = {
+    "estimate-memory": estimate_memory,
     "quantize": quantize,
     "calibrate": calibrate,
     "export": export,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -9,6 +11,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.session import session
+from qtool.errors import UsageError
 
 if TYPE_CHECKING:
     from qtool.recipe.schema import Export
@@ -64,6 +67,8 @@ def export(
         from qtool.checkpoint.locate import locate
         from qtool.checkpoint.output import output_place
         from qtool.cli.export_report import export_result, export_table
+        from qtool.cli.quantize_report import typed
+        from qtool.cli.recipe_flags import GGUF_KEYS, is_gguf
         from qtool.pipeline.export import plan_export, run_export
         from qtool.recipe.load import validated
         from qtool.recipe.rules import parse_override
@@ -78,6 +83,12 @@ def export(
             "split_max_size": split_max_size,
             "modelfile": modelfile,
         }
+        given = next((key for key in GGUF_KEYS if keys[key]), None)
+        if given is not None and not is_gguf(output_format):
+            raise UsageError(
+                f"--{given.replace('_', '-')} is for GGUF, but the output is {output_format}",
+                "leave it away, or choose -f gguf:TYPE",
+            )
         section = validated(Section, keys, "command line")
         rules = tuple(parse_override(text) for text in override or [])
         checkpoint = locate(model, revision, offline, gguf=True)
@@ -90,27 +101,56 @@ def export(
         )
         path = destination(output, checkpoint.name, section)
         sources = [part.path for part in checkpoint.gguf] or [checkpoint.path]
+        sources += [] if statistics is None else [statistics]
         output_place(path, overwrite=overwrite, sources=sources)
         progress = terminal.progress()
         for code, message in plan.notes:
             progress.warn(code, message)
-        if dry_run:
-            terminal.result(export_result(plan, path, progress.warnings), export_table(plan, path))
-            return
         extra = {} if statistics is None else _statistics(statistics, plan, progress)
-        result = run_export(plan, path, progress, overwrite=overwrite, **extra)
+        result = None
+        if not dry_run:
+            result = run_export(plan, path, progress, overwrite=overwrite, **extra)
+        flags = {
+            **keys,
+            "statistics": statistics,
+            "override": override,
+            "allow_requantize": allow_requantize,
+            "revision": revision,
+            "output": typed(path),
+        }
+        arguments = f"{checkpoint.source} {_written(flags)}"
         terminal.result(
-            export_result(plan, path, progress.warnings, result), export_table(plan, path, result)
+            export_result(plan, path, progress.warnings, result),
+            export_table(plan, path, arguments, result),
         )
 
 
 def destination(output: Path | None, name: str, section: Export) -> Path:
     """Return where the result goes: -o, or ./NAME-TYPE.gguf, or ./NAME-safetensors."""
     if output is not None:
+        if output.suffix == ".gguf" and section.gguf_type is None:
+            raise UsageError(
+                f"the output {output} ends in .gguf, but {section.format} is a directory",
+                "choose another --output, or -f gguf:Q8_0",
+            )
         return output
     if section.gguf_type is None:
         return Path(f"{name}-{section.format.replace(':', '-').lower()}")
     return Path(f"{name}-{section.gguf_type}.gguf")
+
+
+def _written(flags: Mapping[str, Any]) -> str:
+    """Return the flags that were given, as one types them."""
+    words: list[str] = []
+    for key, value in flags.items():
+        name = f"--{key.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [word for one in value for word in (name, shlex.quote(one))]
+        elif value is True:
+            words.append(name)
+        elif value:
+            words += [name, shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def _statistics(path: Path, plan: Any, progress: Any) -> dict[str, Any]:

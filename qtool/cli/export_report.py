@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from qtool.checkpoint.untrusted import printable
+from qtool.cli.quantize_report import typed
 from qtool.console import printable_line
 from qtool.pipeline.artifact import environment
 from qtool.pipeline.export import ExportPlan, ExportResult
+from qtool.pipeline.float_directory import PlannedFloats
 from qtool.pipeline.gguf_output import PlannedGguf
 from qtool.recipe.sizes import shown_size
 
@@ -25,10 +28,10 @@ def export_result(
     result: ExportResult | None = None,
 ) -> dict[str, Any]:
     """Return the JSON object of a finished export, or of a dry run."""
-    output = plan.output
+    output = plan.output if result is None else result.plan.output
     artifact: dict[str, Any] = {
         "format": output.name,
-        "path": str((result.path if result else path).absolute()),
+        "path": str(_opened(output, path).absolute()),
         "bytes": output.n_bytes,
         "loads_in": list(output.loads_in),
     }
@@ -55,6 +58,10 @@ def export_result(
     return content
 
 
+def _opened(output: PlannedGguf | PlannedFloats, path: Path) -> Path:
+    return output.opened_at(path) if isinstance(output, PlannedGguf) else path
+
+
 def type_counts(plan: ExportPlan) -> dict[str, int]:
     """Return how many tensors of each type are written."""
     output = plan.output
@@ -68,16 +75,25 @@ def bits_per_weight(plan: ExportPlan) -> float:
     output = plan.output
     if isinstance(output, PlannedGguf):
         return output.bits_per_weight
-    weights = sum(ref.n_elements for ref in plan.checkpoint.refs.values())
+    weights = sum(math.prod(x.shape) for x in output.shards.tensors.values())
     return 8 * output.shards.tensor_bytes / weights
 
 
 def export_table(
-    plan: ExportPlan, path: Path, result: ExportResult | None = None
+    plan: ExportPlan, path: Path, arguments: str, result: ExportResult | None = None
 ) -> RenderableType:
-    """Return what a person sees: types, size, time, the next command."""
-    output = plan.output
-    shown = str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
+    """Return what a person sees: types, size, time, the next command.
+
+    Args:
+        plan: what was planned.
+        path: where the user wants the result.
+        arguments: the command's, as the user gave them.
+        result: None after a dry run.
+    """
+    output = plan.output if result is None else result.plan.output
+    opened = typed(_opened(output, path))
+    files = output.n_files if isinstance(output, PlannedGguf) else 1
+    shown = opened if files == 1 else f"{opened}, the first of {files} parts"
     before, after = plan.checkpoint.total_bytes, output.n_bytes
     types = ", ".join(f"{count} {kind}" for kind, count in type_counts(plan).items())
     facts = [
@@ -95,8 +111,8 @@ def export_table(
     table.add_column(overflow="fold")
     for label, value in facts:
         table.add_row(label, Text(printable(value)))
-    command = f"next: qtool eval {shown} --ref {plan.checkpoint.source}"
+    command = f"next: qtool eval {opened} --ref {plan.checkpoint.source}"
     if result is None:
-        command = f"next: qtool export {plan.checkpoint.source} -f {output.name} -o {shown}"
+        command = f"next: qtool export {arguments}"
     ending = Text(printable_line(command), no_wrap=True, overflow="ignore")
     return Group(table, Text(), ending)

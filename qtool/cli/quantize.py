@@ -215,7 +215,7 @@ def _plan_and_run(
     from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
     from qtool.cli.recipe_flags import destinations
     from qtool.pipeline.plan import make_plans
-    from qtool.pipeline.quantize import RunSettings, check_outputs, named_after, run_plan
+    from qtool.pipeline.quantize import RunSettings, check_outputs, run_plan
     from qtool.recipe.sizes import parse_size
 
     checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
@@ -223,19 +223,13 @@ def _plan_and_run(
     recipe = recipe.model_copy(update={"model": pinned})
     plans = make_plans(checkpoint, recipe, importance=statistics is not None)
     places = dict(zip(recipe.export, destinations(recipe, checkpoint, output), strict=True))
-    jobs = [
-        (named_after(plan, paths), paths)
-        for plan in plans
-        for paths in [[places[entry] for entry in plan.recipe.export]]
-    ]
+    jobs = [(plan, [places[entry] for entry in plan.recipe.export]) for plan in plans]
     settings = RunSettings(
         device=devices.resolve(device),
         overwrite=overwrite,
         held_bytes=None if max_ram is None else parse_size(max_ram),
     )
-    check_outputs(
-        list(places.values()), checkpoint, overwrite=overwrite, statistics=statistics
-    )
+    check_outputs(list(places.values()), checkpoint, overwrite=overwrite, statistics=statistics)
     progress = terminal.progress()
     for plan, _ in jobs:
         for planned in plan.outputs:

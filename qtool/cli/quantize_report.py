@@ -14,6 +14,8 @@ from rich.text import Text
 from qtool.checkpoint.untrusted import printable
 from qtool.console import printable_line
 from qtool.pipeline.artifact import calibration_of, environment, resources_of
+from qtool.pipeline.gguf_output import PlannedGguf
+from qtool.pipeline.outputs import PlannedOutput
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.quantize import QuantizeResult
 from qtool.recipe.sizes import shown_size
@@ -31,7 +33,7 @@ def plan_result(jobs: list[Job], warnings: list[tuple[str, str]]) -> dict[str, A
         **_head(jobs[0][0]),
         "dry_run": True,
         "artifacts": [
-            {"format": o.name, "path": str(path.absolute()), "bytes": o.n_bytes}
+            {"format": o.name, "path": str(_placed(o, path).absolute()), "bytes": o.n_bytes}
             for plan, paths in jobs
             for o, path in zip(plan.outputs, paths, strict=True)
         ],
@@ -76,11 +78,13 @@ def plan_table(jobs: list[Job]) -> RenderableType:
         ("reads", shown_size(first.checkpoint.total_bytes)),
     ]
     for plan, paths in jobs:
-        facts += [*_schemes(plan), ("bits per weight", f"{plan.bits_per_weight:.3f} with scales")]
+        facts += _schemes(plan)
+        if plan.linears:
+            facts.append(("bits per weight", f"{plan.bits_per_weight:.3f} with scales"))
         for output, path in zip(plan.outputs, paths, strict=True):
             files = output.n_files
             size = f"{shown_size(output.n_bytes)} in {files} file{'s' if files > 1 else ''}"
-            facts.append(("writes", f"{_typed(path)} ({output.name}, {size})"))
+            facts.append(("writes", f"{typed(_placed(output, path))} ({output.name}, {size})"))
             facts.append(("loads in", ", ".join(output.loads_in)))
             facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
     quantize = first.recipe.quantize
@@ -93,7 +97,7 @@ def plan_table(jobs: list[Job]) -> RenderableType:
         else f" -b {quantize.bits} -g {quantize.group_size}"
     )
     command = f"next: qtool quantize {source} -m {quantize.method}{scheme}"
-    return Group(_facts(facts), Text(), Text(f"{command} -o {_typed(jobs[0][1][0])}"))
+    return Group(_facts(facts), Text(), Text(f"{command} -o {typed(jobs[0][1][0])}"))
 
 
 def _schemes(plan: Plan) -> list[tuple[str, str]]:
@@ -118,7 +122,7 @@ def run_result(finished: list[Finished], warnings: list[tuple[str, str]]) -> dic
     artifacts = [
         {
             "format": output.name,
-            "path": str(path),
+            "path": str(_placed(output, path)),
             "bytes": output.n_bytes,
             "sha256": dict(digests),
             "loads_in": list(output.loads_in),
@@ -157,7 +161,7 @@ def run_table(finished: list[Finished]) -> RenderableType:
         for output, path in zip(plan.outputs, paths, strict=True):
             size = output.n_bytes
             less = f"{shown_size(size)}, was {shown_size(before)} ({before / size:.2f} x less)"
-            facts += [("wrote", _typed(path)), ("size", less)]
+            facts += [("wrote", typed(_placed(output, path))), ("size", less)]
         if plan.linears:
             facts.append(("bits per weight", f"{plan.bits_per_weight:.3f} with scales"))
         for metrics in result.metrics[:1]:
@@ -177,14 +181,19 @@ def run_table(finished: list[Finished]) -> RenderableType:
 
 
 def _opened(result: QuantizeResult, path: Path) -> str:
-    """Return what is given to `eval`: a directory, or the GGUF file in it."""
-    files = sorted(name for name in result.digests[0] if name.endswith(".gguf"))
-    if not files or path.suffix == ".gguf":
-        return _typed(path)
-    return _typed(path / files[0])
+    """Return what is given to `eval`: a directory, or a GGUF file."""
+    output = result.plan.outputs[0]
+    return typed(output.opened_at(path) if isinstance(output, PlannedGguf) else path)
 
 
-def _typed(path: Path) -> str:
+def _placed(output: PlannedOutput, path: Path) -> Path:
+    """Return the directory, or the file (the first part of several) that was asked for."""
+    if isinstance(output, PlannedGguf) and path.suffix == ".gguf":
+        return output.opened_at(path)
+    return path
+
+
+def typed(path: Path) -> str:
     """Return a path as one types it: what lies here starts with a dot."""
     return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 

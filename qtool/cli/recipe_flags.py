@@ -108,7 +108,7 @@ def _apply_gguf_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Give the flags for GGUF to the GGUF outputs, and refuse them where there is none."""
     given = {key: flags[key] for key in GGUF_KEYS if flags.get(key)}
     entries = data.get("export") or []
-    gguf = [e for e in entries if isinstance(e, dict) and _is_gguf(e.get("format"))]
+    gguf = [e for e in entries if isinstance(e, dict) and is_gguf(e.get("format"))]
     if given and not gguf:
         name = next(iter(given)).replace("_", "-")
         raise UsageError(f"--{name} is for GGUF, but no output is one", "add -f gguf:Q4_K_M")
@@ -123,7 +123,8 @@ def _apply_gguf_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
         )
 
 
-def _is_gguf(name: object) -> bool:
+def is_gguf(name: object) -> bool:
+    """Return whether a format, as one types it, is GGUF."""
     return isinstance(name, str) and name.partition(":")[0].lower() == "gguf"
 
 
@@ -166,7 +167,7 @@ def tag(recipe: Recipe, output_format: str) -> str:
     """Return a short name of a scheme, such as `gptq-w4g128` or `rtn-w8-compressed-tensors`."""
     quantize = recipe.quantize
     method = str(quantize.method).replace("+", "-")
-    if _is_gguf(output_format):
+    if is_gguf(output_format):
         return f"{method}-{output_format.partition(':')[2]}-gguf"
     spread = {-1: "", 0: "-tensor"}.get(quantize.group_size, f"g{quantize.group_size}")
     suffix = "" if output_format == method else f"-{output_format}"

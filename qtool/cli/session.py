@@ -29,6 +29,7 @@ class InterruptionError(QtoolError):
         )
 
 
+COMMANDS = frozenset({"inspect", "estimate-memory", "quantize", "calibrate", "export", "eval"})
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 
 
@@ -90,7 +91,7 @@ def _show(terminal: Terminal, command: str, error: QtoolError) -> None:
 
 def show_failure(command: str, error: QtoolError, *, as_json: bool) -> None:
     """Print an error that came up before a command had a session of its own."""
-    known = command if command in {"inspect", "quantize", "calibrate", "export", "eval"} else "error"
+    known = command if command in COMMANDS else "error"
     _show(Terminal(as_json=as_json), known, error)
 
 

@@ -18,8 +18,11 @@ from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import output_place
 from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import UnsupportedError, UsageError
+from qtool.evaluation.gguf_model import OTHER_CONTENTS
 from qtool.formats.gguf_mixes import ModelFacts, file_type_named
+from qtool.formats.protocol import FORMATS
 from qtool.formats.reading import DenseSource
 from qtool.ggml_types import FLOAT_TYPES
 from qtool.model.conversion import ConvertedTensor
@@ -51,8 +54,6 @@ class ExportResult:
     """What was written and what that took."""
 
     plan: ExportPlan
-    path: Path
-    n_bytes: int
     digests: Mapping[str, str]
     seconds: float
     peak_ram_bytes: int
@@ -80,21 +81,32 @@ def plan_export(
         UsageError: a second rounding that was not allowed; a type that does not fit, if strict.
         DamagedError: the model's files contradict each other.
     """
+    if checkpoint.gguf:
+        _check_model(checkpoint)
     if export.gguf_type is None:
-        return _plan_floats(checkpoint, export)
+        return _plan_floats(checkpoint, export, rules, importance=importance)
+    for rule in rules:
+        if rule.type is None:
+            raise UsageError(
+                f"rule '{rule.match}' gives bits or a group size, but a GGUF has types",
+                f"write for example --override '{rule.match}=Q6_K'",
+            )
     if checkpoint.gguf:
         model = _model_of_gguf(checkpoint)
         output, warnings = _gguf(checkpoint, model, export, rules, importance=importance)
         with TensorReader(checkpoint.refs) as reader:
-            again = _again(output, GgufSource(checkpoint.refs, reader))
+            source = GgufSource(checkpoint.refs, reader)
+            again = _again(output, source)
+            if not importance:
+                output = _still_true(output, checkpoint, source)
     else:
         family = family_of(checkpoint.config)
         with TensorReader(checkpoint.refs) as reader:
-            source = DenseSource(checkpoint, reader)
-            logical = replace(checkpoint, refs=source.logical_refs())
+            dense = DenseSource(checkpoint, reader)
+            logical = replace(checkpoint, refs=dense.logical_refs())
             model = convert_model(logical, family, pre=export.pre)
             output, warnings = _gguf(logical, model, export, rules, importance=importance)
-            packed = DirectorySource(source, logical.refs)
+            packed = DirectorySource(dense, logical.refs)
             again = _again(output, packed)
             notes = _notes(checkpoint, output, packed)
             warnings = (*warnings, *notes)
@@ -107,12 +119,37 @@ def plan_export(
     return ExportPlan(checkpoint, output, warnings, len(again))
 
 
-def _plan_floats(checkpoint: Checkpoint, export: Export) -> ExportPlan:
+def _check_model(checkpoint: Checkpoint) -> None:
+    """Refuse GGUF files that hold something else than a model, statistics for one."""
+    metadata = checkpoint.gguf[0].metadata
+    architecture = _scalar(metadata, "general.architecture", "")
+    named = "mmproj" if architecture == "clip" else _scalar(metadata, "general.type", "model")
+    other = OTHER_CONTENTS.get(str(named))
+    if other is None and (not checkpoint.refs or not architecture):
+        other = "no model: it has no tensors, or names no architecture"
+    if other is not None:
+        raise UnsupportedError(
+            f"{shown_path(checkpoint.gguf[0].path)} is {other}",
+            "give a model; statistics go beside one, as --statistics FILE",
+        )
+
+
+def _plan_floats(
+    checkpoint: Checkpoint, export: Export, rules: tuple[Rule, ...], *, importance: bool
+) -> ExportPlan:
     if export.format not in FLOAT_FORMATS:
+        packed = export.format in FORMATS
+        rtn = f"qtool quantize MODEL -m rtn -f {export.format}"
         raise UnsupportedError(
             f"export does not write {export.format}",
-            f"formats: gguf:TYPE, {', '.join(FLOAT_FORMATS)}; to quantize without calibration: "
-            f"qtool quantize MODEL -m rtn -f {export.format}",
+            f"formats: gguf:TYPE, {', '.join(FLOAT_FORMATS)}"
+            + (f"; to quantize without calibration: {rtn}" if packed else ""),
+        )
+    if rules or importance:
+        raise UsageError(
+            f"--{'override' if rules else 'statistics'} is for GGUF, but {export.format} rounds "
+            "nothing",
+            "leave it away, or choose -f gguf:TYPE",
         )
     dtype = export.format.partition(":")[2] or None
     output = plan_floats(checkpoint, dtype)
@@ -168,6 +205,16 @@ def _model_of_gguf(checkpoint: Checkpoint) -> ConvertedModel:
     )
 
 
+def _still_true(output: PlannedGguf, checkpoint: Checkpoint, source: GgufSource) -> PlannedGguf:
+    """Return the output with what the file said of its statistics, where nothing is rounded."""
+    quantized = [x for x in output.tensors if x.kind not in FLOAT_TYPES]
+    if not quantized or any(source.kind(x.converted) != x.kind for x in quantized):
+        return output
+    metadata = checkpoint.gguf[0].metadata
+    said = {k: v for k, v in metadata.items() if k.startswith("quantize.imatrix.")}
+    return replace(output, metadata={**output.metadata, **said})
+
+
 def _scalar(metadata: Mapping[str, Value], key: str, default: float | str) -> float | str:
     """Return a number or string; of a list, which differs by block, the first."""
     value = metadata.get(key)
@@ -197,12 +244,13 @@ def _notes(
         return []
     same = sum(source.kind(x.converted) == x.kind for x in packed)
     declared = checkpoint.config["quantization_config"]
-    message = (
-        f"{len(packed) - same} linears packed as {declared.get('quant_method')} are dequantized"
-    )
+    messages = []
     if same:
-        message = f"{same} linears keep their integers and scales exactly; {message}"
-    return [("dequantized", message)]
+        messages.append(f"{same} linears keep their integers and scales exactly")
+    if same < len(packed):
+        method = declared.get("quant_method")
+        messages.append(f"{len(packed) - same} linears packed as {method} are dequantized")
+    return [("dequantized" if same < len(packed) else "carried_over", "; ".join(messages))]
 
 
 def run_export(
@@ -232,6 +280,11 @@ def run_export(
     """
     started = time.perf_counter()
     checkpoint, output = plan.checkpoint, plan.output
+    if isinstance(output, PlannedGguf):
+        output = output.noted(note)
+        if destination.suffix == ".gguf":
+            output = replace(output, stem=destination.stem)
+        plan = replace(plan, output=output)
     sources = [part.path for part in checkpoint.gguf] or [checkpoint.path]
     place = output_place(destination, overwrite=overwrite, sources=sources)
     with contextlib.ExitStack() as stack:
@@ -239,13 +292,10 @@ def run_export(
         if isinstance(output, PlannedFloats):
             digests = output.write(checkpoint, directory, progress)
         else:
-            if destination.suffix == ".gguf":
-                output = replace(output, stem=destination.stem)
-            digests = _write_gguf(checkpoint, output, directory, progress, importance, note)
-        path = place.commit()
+            digests = _write_gguf(checkpoint, output, directory, progress, importance)
+        place.commit()
     ram, _ = devices.peak_memory(torch.device("cpu"))
-    n_bytes = output.n_bytes
-    return ExportResult(plan, path, n_bytes, digests, time.perf_counter() - started, ram)
+    return ExportResult(plan, digests, time.perf_counter() - started, ram)
 
 
 def _write_gguf(
@@ -254,9 +304,8 @@ def _write_gguf(
     directory: Path,
     progress: Progress,
     importance: Mapping[str, Tensor] | None,
-    note: CalibrationNote | None,
 ) -> Mapping[str, str]:
-    writer = GgufFileWriter(output, checkpoint, directory, note, importance)
+    writer = GgufFileWriter(output, checkpoint, directory, importance)
     left = Counter(_part(x.converted.name) for x in output.tensors)
     progress.start("exporting", len(left))
 

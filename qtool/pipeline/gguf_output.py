@@ -18,12 +18,11 @@ from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, tensor_bytes
 from qtool.errors import DamagedError
-from qtool.formats.ggml_blocks import pack
 from qtool.formats.modelfile import ollama_modelfile
 from qtool.formats.reading import DenseSource
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.conversion import ConvertedTensor, row_order
-from qtool.pipeline.gguf_rows import encoded, gguf_rows, stored_rows
+from qtool.pipeline.gguf_rows import encoded, gguf_rows, packed, stored_rows
 from qtool.pipeline.gguf_sources import DirectorySource, TensorSource
 from qtool.pipeline.outputs import CalibrationNote
 
@@ -91,8 +90,21 @@ class PlannedGguf:
             max_bytes=self.split_bytes,
         )
 
+    def opened_at(self, destination: Path) -> Path:
+        """Return what programs open once it is written: the file, or the first of its parts.
+
+        Args:
+            destination: a name that ends in .gguf, or a directory.
+        """
+        if destination.suffix == ".gguf":
+            named = replace(self, stem=destination.stem)
+            return destination.with_name(named.layout.files[0].file)
+        return destination / self.layout.files[0].file
+
     def noted(self, note: CalibrationNote | None) -> PlannedGguf:
         """Return the output with what llama-quantize writes about an importance matrix."""
+        if note is None:
+            return self
         return replace(self, metadata={**self.metadata, **_note_keys(note)})
 
     def writer(self, plan: Plan, directory: Path) -> GgufFileWriter:
@@ -153,9 +165,7 @@ def _special_tokens(metadata: Mapping[str, Value]) -> dict[str, str]:
     return found
 
 
-def _note_keys(note: CalibrationNote | None) -> dict[str, Value]:
-    if note is None:
-        return {}
+def _note_keys(note: CalibrationNote) -> dict[str, Value]:
     return {
         "quantize.imatrix.file": text(note.file),
         "quantize.imatrix.dataset": text(", ".join(note.datasets)),
@@ -186,7 +196,7 @@ class GgufFileWriter:
         if converted.permuted_heads:
             order = torch.as_tensor(row_order(quantized.shape[0], converted.permuted_heads))
             quantized = quantized.select_rows(order)
-        self._file.write(converted.name, [tensor_bytes(pack(quantized))])
+        self._file.write(converted.name, [tensor_bytes(packed(converted.name, quantized))])
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""

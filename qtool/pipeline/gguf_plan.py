@@ -216,6 +216,7 @@ def check_type_rules(name: str, tensors: Sequence[ConvertedTensor], rules: Seque
     """
     matrices = [x for x in tensors if len(x.shape) > 1]
     names = [known for x in matrices for known in (x.name, x.source) if known]
+    example = [known for x in matrices[:2] for known in (x.name, x.source) if known][-2:]
     shared = all(x.name != "output.weight" for x in matrices)
     for rule in rules:
         if rule.type is None or any(matches(rule.match, known) for known in names):
@@ -228,7 +229,7 @@ def check_type_rules(name: str, tensors: Sequence[ConvertedTensor], rules: Seque
             )
         raise UsageError(
             f"rule '{rule.match}' matches no matrix of {name}",
-            f"names look like {' or '.join(dict.fromkeys(names[-2:]))}",
+            f"names look like {' or '.join(dict.fromkeys(example))}",
         )
 
 

@@ -17,6 +17,7 @@ from qtool.formats.ggml_blocks import dequantize, pack
 from qtool.formats.reading import DenseSource
 from qtool.ggml_types import GGML_TYPES
 from qtool.grids.ggml import GgmlGrid
+from qtool.grids.ggml_parameters import FP16_MAX, BlockParameters
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.conversion import ConvertedTensor, row_order
 
@@ -102,4 +103,21 @@ def encoded(name: str, kind: str, rows: Tensor, importance: Tensor | None = None
         return stored.view(torch.uint8)
     grid = GgmlGrid(kind)
     parameters = grid.fit(rows, importance)
-    return pack(QuantizedTensor(grid.encode(rows, parameters), parameters, grid))
+    return packed(name, QuantizedTensor(grid.encode(rows, parameters), parameters, grid))
+
+
+def packed(name: str, quantized: QuantizedTensor) -> Tensor:
+    """Return the bytes, uint8, of a tensor on one of ggml's grids.
+
+    Raises:
+        NumericalError: scales are the largest that float16 holds, so weights were cut off.
+    """
+    parameters, kind = quantized.parameters, quantized.grid.name
+    if isinstance(parameters, BlockParameters):
+        for scales in (parameters.super_scale, parameters.super_offset):
+            if scales.numel() and float(scales.abs().max()) >= FP16_MAX:
+                raise NumericalError(
+                    f"tensor '{name}' has values beyond what {kind} holds",
+                    "choose BF16 or F32 for it, with --override; the model may be damaged",
+                )
+    return pack(quantized)

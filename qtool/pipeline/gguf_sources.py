@@ -6,7 +6,7 @@ its float32 rows otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -142,12 +142,13 @@ class GgufSource:
 
     def carried(self, converted: ConvertedTensor, kind: str) -> Iterator[Tensor] | None:
         """Yield the bytes of a tensor that has the wanted type already."""
-        if self.kind(converted) != kind:
-            return None
-        make: Callable[[memoryview], Tensor] = lambda piece: torch.frombuffer(  # noqa: E731
-            piece, dtype=torch.uint8
-        )
-        return (make(piece) for piece in self._reader.chunks(converted.name))
+        return self._bytes(converted) if self.kind(converted) == kind else None
+
+    def _bytes(self, converted: ConvertedTensor) -> Iterator[Tensor]:
+        for _ in self.rows(converted):  # a damaged file is not passed on
+            pass
+        for piece in self._reader.chunks(converted.name):
+            yield torch.frombuffer(piece, dtype=torch.uint8)
 
     def rows(self, converted: ConvertedTensor) -> Iterator[Tensor]:
         """Yield float32 rows, dequantized.

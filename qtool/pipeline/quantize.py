@@ -107,6 +107,7 @@ def run_plan(
     started = time.perf_counter()
     if windows is not None and plan.calibrated:
         note = _note(plan, windows)
+    plan = _named_after(plan, destinations)
     plan = replace(plan, outputs=tuple(output.noted(note) for output in plan.outputs))
     layers: list[LayerReport] = []
     with contextlib.ExitStack() as stack:
@@ -119,8 +120,7 @@ def run_plan(
         spill = partials[0] / ".activations"
         spill.mkdir()
         writers = [
-            output.writer(plan, path)
-            for output, path in zip(plan.outputs, partials, strict=True)
+            output.writer(plan, path) for output, path in zip(plan.outputs, partials, strict=True)
         ]
         sinks = _sinks(writers, layers, progress)
         with TensorReader(plan.checkpoint.refs) as reader:
@@ -169,7 +169,7 @@ def _result(
     )
 
 
-def named_after(plan: Plan, destinations: Sequence[Path]) -> Plan:
+def _named_after(plan: Plan, destinations: Sequence[Path]) -> Plan:
     """Return the plan with GGUF files called what the user called them."""
     outputs = tuple(
         replace(output, stem=path.stem)

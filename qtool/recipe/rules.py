@@ -2,7 +2,8 @@
 
 A pattern is a glob over the module's full name (`model.layers.0.*`) or over its last parts
 (`lm_head`, `down_proj`, `mlp.*_proj`), or, after `re:`, a regular expression that must match from
-the start of the name. `*` also crosses dots. Both may end in `.weight`.
+the start of the name. `*` also crosses dots. The name
+may end in `.weight`, and a glob too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def matches(pattern: str, name: str) -> bool:
     """Return whether a pattern matches a module's or its weight's name."""
     module = name.removesuffix(".weight")
     if pattern.startswith("re:"):
-        return any(re.match(pattern[3:], known) for known in (module, f"{module}.weight"))
+        return re.match(pattern[3:], module) is not None
     pattern = pattern.removesuffix(".weight")
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 

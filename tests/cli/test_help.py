@@ -13,7 +13,7 @@ from builders.tiny_models import tiny_model
 
 from qtool.cli.app import run
 
-COMMANDS = ("inspect", "quantize", "calibrate", "eval")
+COMMANDS = ("inspect", "quantize", "calibrate", "export", "eval")
 
 
 def examples(command, capsys):
@@ -57,6 +57,8 @@ def test_the_examples_run(here, qtool, capsys, command):
         if command != "quantize" and result.name in line:
             flags = (*SMALL, "--eval", "none", "-o", result)
             assert qtool("quantize", "./model", "--method", "awq", *flags).code == 0
+        if command == "export" and "stats.gguf" in line:
+            assert qtool("calibrate", "./model", "-o", "stats.gguf", *SMALL).code == 0
         outcome = qtool(*shlex.split(line)[1:])
         assert outcome.code == 0, outcome.err
         assert outcome.out

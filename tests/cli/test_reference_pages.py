@@ -48,7 +48,7 @@ def test_a_page_that_is_not_current_is_named(elsewhere):
 def test_the_reference_names_every_command_and_key():
     reference = ROOT / "docs" / "reference"
     commands = (reference / "cli.md").read_text()
-    assert all(f"## qtool {name}" in commands for name in ("inspect", "quantize", "eval"))
+    assert all(f"## qtool {name}" in commands for name in ("inspect", "quantize", "export", "eval"))
     assert "`--error-propagation NUMBER`" in commands
     assert "\x1b" not in commands
     assert (

@@ -14,6 +14,9 @@ NAME = "model.layers.10.mlp.down_proj"
     [
         (NAME, NAME, True),
         (NAME, f"{NAME}.weight", True),
+        (f"{NAME}.weight", NAME, True),
+        ("mlp.*_proj.weight", f"{NAME}.weight", True),
+        ("mlp.*_proj.bias", f"{NAME}.weight", False),
         ("down_proj", NAME, True),
         ("mlp.down_proj", NAME, True),
         ("mlp.*_proj", NAME, True),
