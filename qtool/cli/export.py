@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -118,7 +116,7 @@ def export(
             "revision": revision,
             "output": typed(path),
         }
-        arguments = f"{checkpoint.source} {_written(flags)}"
+        arguments = f"{checkpoint.source} {options.written(flags)}"
         terminal.result(
             export_result(plan, path, progress.warnings, result),
             export_table(plan, path, arguments, result),
@@ -137,20 +135,6 @@ def destination(output: Path | None, name: str, section: Export) -> Path:
     if section.gguf_type is None:
         return Path(f"{name}-{section.format.replace(':', '-').lower()}")
     return Path(f"{name}-{section.gguf_type}.gguf")
-
-
-def _written(flags: Mapping[str, Any]) -> str:
-    """Return the flags that were given, as one types them."""
-    words: list[str] = []
-    for key, value in flags.items():
-        name = f"--{key.replace('_', '-')}"
-        if isinstance(value, list):
-            words += [word for one in value for word in (name, shlex.quote(one))]
-        elif value is True:
-            words.append(name)
-        elif value:
-            words += [name, shlex.quote(str(value))]
-    return " ".join(words)
 
 
 def _statistics(path: Path, plan: Any, progress: Any) -> dict[str, Any]:

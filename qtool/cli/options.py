@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -101,3 +103,17 @@ SplitMaxSize = Annotated[
 Modelfile = Annotated[
     bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside it.")
 ]
+
+
+def written(flags: Mapping[str, Any]) -> str:
+    """Return the flags that were given, as one types them."""
+    words: list[str] = []
+    for key, value in flags.items():
+        name = f"--{key.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [word for one in value for word in (name, shlex.quote(one))]
+        elif value is True:
+            words.append(name)
+        elif value:
+            words += [name, shlex.quote(str(value))]
+    return " ".join(words)

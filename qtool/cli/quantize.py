@@ -188,6 +188,7 @@ def quantize(
         _plan_and_run(
             terminal,
             built,
+            again=_again(model, flags, recipe=recipe, settings=settings, statistics=statistics),
             dry_run=dry_run,
             output=output,
             statistics=statistics,
@@ -198,10 +199,29 @@ def quantize(
         )
 
 
+# Flags whose names on the command line are not those of the parameters.
+SPELLED = {"formats": "format", "datasets": "dataset", "evaluation": "eval"}
+SWITCHES = {
+    "symmetric": ("--sym", "--asym"),
+    "act_order": ("--act-order", "--no-act-order"),
+    "clip": ("--clip", "--no-clip"),
+}
+
+
+def _again(model: str | None, flags: dict[str, Any], **files: Any) -> str:
+    """Return the arguments of this command line but for --output and --dry-run."""
+    named = {SPELLED.get(k, k): v for k, v in flags.items() if k not in SWITCHES}
+    named["set"] = files.pop("settings")
+    switches = [SWITCHES[key][0 if flags[key] else 1] for key in SWITCHES if flags[key] is not None]
+    words = [model or "", options.written({**named, **files}), *switches]
+    return " ".join(word for word in words if word)
+
+
 def _plan_and_run(
     terminal: Terminal,
     recipe: Recipe,
     *,
+    again: str,
     output: Path | None,
     statistics: Path | None,
     device: str,
@@ -236,7 +256,7 @@ def _plan_and_run(
             for code, message in planned.warnings:
                 progress.warn(code, message)
     if dry_run:
-        terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs))
+        terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs, again))
         return
     results = []
     data: dict[str, Any] | None = None
@@ -270,7 +290,9 @@ def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str,
         for warning in found.warnings:
             progress.warn("statistics", warning)
         note = CalibrationNote(statistics.name, found.datasets, found.windows, len(found.moments))
-        return {"statistics": moments, "note": note}
+        head = found.importance("output.weight")
+        importance = {} if head is None else {"output.weight": head}
+        return {"statistics": moments, "note": note, "importance": importance}
     if not plan.calibrated:
         return {}
     return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}

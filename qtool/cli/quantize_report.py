@@ -69,8 +69,8 @@ def _head(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_table(jobs: list[Job]) -> RenderableType:
-    """Return what a dry run shows a person."""
+def plan_table(jobs: list[Job], again: str) -> RenderableType:
+    """Return what a dry run shows a person; `again` are the arguments of the command line."""
     first = jobs[0][0]
     facts = [
         ("model", f"{first.checkpoint.name} ({first.family.name}, {first.n_blocks} blocks)"),
@@ -86,18 +86,16 @@ def plan_table(jobs: list[Job]) -> RenderableType:
             size = f"{shown_size(output.n_bytes)} in {files} file{'s' if files > 1 else ''}"
             facts.append(("writes", f"{typed(_placed(output, path))} ({output.name}, {size})"))
             facts.append(("loads in", ", ".join(output.loads_in)))
-            facts.append(("kept", ", ".join(output.kept) or "nothing but embeddings and norms"))
-    quantize = first.recipe.quantize
-    source = printable(first.checkpoint.source)
-    formats = [output.name for plan, _ in jobs for output in plan.outputs]
-    gguf = all(name.startswith("gguf:") for name in formats)
-    scheme = (
-        "".join(f" -f {name}" for name in formats)
-        if gguf
-        else f" -b {quantize.bits} -g {quantize.group_size}"
-    )
-    command = f"next: qtool quantize {source} -m {quantize.method}{scheme}"
-    return Group(_facts(facts), Text(), Text(f"{command} -o {typed(jobs[0][1][0])}"))
+            facts.append(("kept", ", ".join(output.kept) or _never_rounded(output)))
+    command = printable_line(f"next: qtool quantize {again}")
+    if len(jobs) == 1 and len(jobs[0][1]) == 1:
+        command += f" -o {typed(jobs[0][1][0])}"
+    return Group(_facts(facts), Text(), Text(command, no_wrap=True, overflow="ignore"))
+
+
+def _never_rounded(output: PlannedOutput) -> str:
+    gguf = output.name.startswith("gguf:")
+    return "nothing but norms" if gguf else "nothing but embeddings and norms"
 
 
 def _schemes(plan: Plan) -> list[tuple[str, str]]:

@@ -136,6 +136,24 @@ def _copied(data: Tensor) -> Tensor:
     return data.clone(memory_format=torch.contiguous_format)
 
 
+def is_finite(name: str, data: Tensor) -> bool:
+    """Return whether bytes [R, row bytes] of a block type of ours hold finite numbers only.
+
+    Codes and integers always are finite: only the fp16 numbers are looked at.
+    """
+    kind, layout = GGML_TYPES[name], LAYOUTS[name]
+    blocks = data.reshape(-1, kind.block_bytes)
+    start = 0
+    for field in BLOCKS[name]:
+        size = field.size(kind.block, layout.sub)
+        if isinstance(field, Half):
+            halves = blocks[:, start : start + size].contiguous().view(torch.float16)
+            if not bool(torch.isfinite(halves).all()):
+                return False
+        start += size
+    return True
+
+
 def _row_parts(rows: int, columns: int) -> list[tuple[int, int]]:
     step = max(1, CODES_AT_ONCE // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -36,7 +36,7 @@ def write_records(
     """
     plan, output = result.plan, result.plan.outputs[index]
     report = report_of(result, index, digests)
-    from_statistics = plan.calibrated and result.windows is None
+    from_statistics = result.from_statistics
     recipe = resolved_recipe(plan, output, from_statistics=from_statistics)
     try:
         _write(

@@ -92,7 +92,7 @@ def calibrate(
                 moments.update({f"{path}.{linear}": seen[tap.name] for linear in tap.linears})
             skeleton.drop(path)
             progress.advance(f"block {index + 1} of {n_blocks}")
-        head = _head_inputs(skeleton, source, stream)
+        head = head_inputs(skeleton, source, stream)
         progress.finish()
     names = tensor_names(family.gguf_architecture, n_blocks, list(moments))
     return Statistics(
@@ -104,7 +104,7 @@ def calibrate(
     )
 
 
-def _head_inputs(skeleton: Skeleton, source: DenseSource, stream: Stream) -> Moments:
+def head_inputs(skeleton: Skeleton, source: DenseSource, stream: Stream) -> Moments:
     """Return the moments of what the head reads: the last block's output behind the final norm."""
     path = final_norm(skeleton.family)
     skeleton.load(path, source)

@@ -29,6 +29,7 @@ def model_card(result: QuantizeResult, index: int) -> str:
     plan, output = result.plan, result.plan.outputs[index]
     checkpoint = plan.checkpoint
     gguf = output.name.startswith("gguf:")
+    modelfile = any(entry.modelfile for entry in plan.recipe.export)
     # A directory of this machine says nothing to others; a hub id, which has a revision, does.
     metadata: dict[str, object] = {
         "base_model": checkpoint.source if checkpoint.revision else checkpoint.name,
@@ -62,7 +63,7 @@ def model_card(result: QuantizeResult, index: int) -> str:
         "",
         "## How to load it",
         "",
-        *[line for engine in output.loads_in for line in _snippet(engine)],
+        *[line for engine in output.loads_in for line in _snippet(engine, modelfile=modelfile)],
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -124,6 +125,8 @@ def _measured(result: QuantizeResult, index: int) -> list[str]:
     ]
 
 
-def _snippet(engine: str) -> list[str]:
+def _snippet(engine: str, *, modelfile: bool) -> list[str]:
     code = _SNIPPETS.get(engine, "")
+    if engine == "Ollama" and not modelfile:
+        code = "echo FROM ./FILE.gguf > Modelfile && ollama create NAME -f Modelfile"
     return [f"- {engine}: `{code}`"] if code else [f"- {engine}"]

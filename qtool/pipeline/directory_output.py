@@ -47,6 +47,11 @@ class PlannedDirectory:
         return self.format.loads_in
 
     @property
+    def weighs_head(self) -> bool:
+        """Never: the head stays as it is."""
+        return False
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all weight files and their index."""
         return self.shards.n_bytes
@@ -126,8 +131,9 @@ class DirectoryWriter:
         """Write a tensor that a transform rewrote."""
         self._shards.write(name, tensor.cpu())
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, importance: Mapping[str, Tensor]) -> dict[str, str]:
         """Copy what is stored as it was, byte for byte, and close; return the files' SHA-256."""
+        del importance
         for name, ref in self._refs.items():
             if name in self._shards.missing:
                 self._shards.write_from(ref)

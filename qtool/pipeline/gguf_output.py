@@ -20,9 +20,10 @@ from qtool.checkpoint.reader import TensorReader, tensor_bytes
 from qtool.errors import DamagedError
 from qtool.formats.modelfile import ollama_modelfile
 from qtool.formats.reading import DenseSource
+from qtool.grids.ggml import LAYOUTS
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.conversion import ConvertedTensor, row_order
-from qtool.pipeline.gguf_rows import encoded, gguf_rows, packed, stored_rows
+from qtool.pipeline.gguf_rows import encoded, packed, reads_back_finite, stored_rows
 from qtool.pipeline.gguf_sources import DirectorySource, TensorSource
 from qtool.pipeline.outputs import CalibrationNote
 
@@ -63,6 +64,14 @@ class PlannedGguf:
     def loads_in(self) -> tuple[str, ...]:
         """Engines known to read it."""
         return LOADS_IN
+
+    @property
+    def weighs_head(self) -> bool:
+        """Whether there is a head of its own that is rounded.
+
+        Of a tied one nothing is said: it is the embedding, whose columns all count alike.
+        """
+        return any(x.converted.name == "output.weight" and x.kind in LAYOUTS for x in self.tensors)
 
     @property
     def n_bytes(self) -> int:
@@ -203,8 +212,9 @@ class GgufFileWriter:
         planned = self._by_source[name]
         self._encode(planned, iter([stored_rows(planned.converted, tensor.cpu())]))
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, importance: Mapping[str, Tensor]) -> dict[str, str]:
         """Stream everything that is left from the checkpoint and close; return SHA-256s."""
+        self._importance = {**self._importance, **importance}
         with TensorReader(self._checkpoint.refs) as reader:
             source = DenseSource(self._checkpoint, reader)
             self.fill(DirectorySource(source, source.logical_refs()))
@@ -253,9 +263,8 @@ def verify_gguf(output: PlannedGguf, directory: Path) -> None:
                 f"verification failed: '{name}' does not read back as {planned.kind} {list(shape)}",
                 "this is a bug in qtool; nothing was kept",
             )
-        for part in gguf_rows(ref):
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()):
-                raise DamagedError(
-                    f"verification failed: '{name}' reads back with values that are not finite",
-                    "this is a fault of the disk or a bug in qtool; nothing was kept",
-                )
+        if not reads_back_finite(ref):
+            raise DamagedError(
+                f"verification failed: '{name}' reads back with values that are not finite",
+                "this is a fault of the disk or a bug in qtool; nothing was kept",
+            )

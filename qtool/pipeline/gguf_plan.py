@@ -15,6 +15,7 @@ from qtool.formats.gguf_mixes import (
     TensorShape,
     fallback_warning,
     file_type_named,
+    needs_importance,
     tensor_types,
 )
 from qtool.formats.gguf_vocab import Vocabulary, vocabulary
@@ -173,6 +174,8 @@ def plan_types(
         kept=kept,
     )
     _check_writable(chosen)
+    if not importance:
+        _check_needs_nothing(str(export.gguf_type), chosen)
     warning = fallback_warning(chosen, shapes)
     if warning is not None and export.strict:
         raise UsageError(warning, "leave --strict away to accept it, or choose another type")
@@ -181,6 +184,15 @@ def plan_types(
         PlannedTensor(x, "F32" if x.always_float else chosen[x.name].type) for x in model.tensors
     )
     return planned, warnings
+
+
+def _check_needs_nothing(file_type: str, chosen: Mapping[str, ChosenType]) -> None:
+    needing = [name for name, x in chosen.items() if needs_importance(file_type, name, x)]
+    if needing:
+        raise UsageError(
+            f"{file_type} is too coarse for '{needing[0]}' without importance of its inputs",
+            "calibrate with --method gptq, or give --statistics, or choose Q2_K",
+        )
 
 
 def _embedding_source(model: ConvertedModel) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.header import TensorRef
-from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.checkpoint.reader import CHUNK_BYTES, TensorReader, check_finite
 from qtool.errors import NumericalError
-from qtool.formats.ggml_blocks import dequantize, pack
+from qtool.formats.ggml_blocks import dequantize, is_finite, pack
 from qtool.formats.reading import DenseSource
 from qtool.ggml_types import GGML_TYPES
-from qtool.grids.ggml import GgmlGrid
+from qtool.grids.ggml import LAYOUTS, GgmlGrid
 from qtool.grids.ggml_parameters import FP16_MAX, BlockParameters
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.conversion import ConvertedTensor, row_order
@@ -62,6 +62,25 @@ def gguf_rows(ref: TensorRef) -> Iterator[Tensor]:
             count = min(step, rows - start)
             raw = reader.raw(ref.name, start * width, count * width)
             yield dequantize(ref.dtype, raw.reshape(count, width), columns)
+
+
+def reads_back_finite(ref: TensorRef) -> bool:
+    """Return whether all bytes of a GGUF's tensor are there and stand for finite numbers.
+
+    Raises:
+        DamagedError: the file ends too early.
+    """
+    if ref.dtype not in LAYOUTS:
+        return all(
+            bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()) for part in gguf_rows(ref)
+        )
+    width = GGML_TYPES[ref.dtype].block_bytes
+    step = max(1, CHUNK_BYTES // width) * width
+    with TensorReader({ref.name: ref}) as reader:
+        return all(
+            is_finite(ref.dtype, reader.raw(ref.name, start, min(step, ref.n_bytes - start)))
+            for start in range(0, ref.n_bytes, step)
+        )
 
 
 def stored_rows(converted: ConvertedTensor, tensor: Tensor) -> Tensor:

@@ -41,8 +41,12 @@ class OutputWriter(Protocol):
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote; `name` is the checkpoint's."""
 
-    def finish(self) -> Mapping[str, str]:
-        """Write everything that is left and close; return file name -> SHA-256."""
+    def finish(self, importance: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Write everything that is left and close; return file name -> SHA-256.
+
+        Args:
+            importance: llama.cpp's tensor name -> [C], of matrices outside of blocks.
+        """
 
 
 class PlannedOutput(Protocol):
@@ -67,6 +71,10 @@ class PlannedOutput(Protocol):
     @property
     def kept(self) -> tuple[str, ...]:
         """Linears left as they are."""
+
+    @property
+    def weighs_head(self) -> bool:
+        """Whether the head is rounded, so that what it reads matters."""
 
     @property
     def warnings(self) -> tuple[tuple[str, str], ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qtool import device as devices
 from qtool.calibration.moments import Moments
@@ -28,6 +29,7 @@ from qtool.pipeline.blocks import (
     Sinks,
     quantize_block_without_data,
 )
+from qtool.pipeline.calibrate import OUTPUT, head_inputs
 from qtool.pipeline.gguf_output import PlannedGguf
 from qtool.pipeline.linears import STORED_DTYPES
 from qtool.pipeline.outputs import CalibrationNote, OutputWriter
@@ -48,6 +50,7 @@ class QuantizeResult:
     peak_ram_bytes: int
     peak_vram_bytes: int
     device: str
+    from_statistics: bool = False  # instead of windows
     metrics: tuple[Mapping[str, Any], ...] = ()  # per output, where it was measured
 
 
@@ -83,6 +86,7 @@ def run_plan(
     statistics: Mapping[int, Mapping[str, Moments]] | None = None,
     measure: Measure | None = None,
     note: CalibrationNote | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> QuantizeResult:
     """Carry a plan out and give each output directory its name when it is complete.
 
@@ -95,6 +99,7 @@ def run_plan(
         statistics: block -> tap -> moments from a file, for methods without a Hessian.
         measure: asked about the complete directories before they get their names.
         note: what a file says of the statistics; made from the windows where there are some.
+        importance: llama.cpp's tensor name -> [C], of matrices outside of blocks.
 
     Raises:
         UsageError: an output is in the way, or calibration data is missing.
@@ -126,17 +131,18 @@ def run_plan(
         with TensorReader(plan.checkpoint.refs) as reader:
             source = DenseSource(plan.checkpoint, reader)
             _check_kept(plan, reader)
-            _run_blocks(
+            found = _run_blocks(
                 plan, source, settings, progress, sinks, writers, spill, windows, statistics
             )
         spill.rmdir()
-        digests = [writer.finish() for writer in writers]
+        digests = [writer.finish({**(importance or {}), **found}) for writer in writers]
         progress.finish()
         for output, partial in zip(plan.outputs, partials, strict=True):
             for warning in output.write_companions(plan, partial):
                 progress.warn("companion_file", warning)
             output.verify(plan, partial)
         result = _result(plan, directories, digests, layers, windows, started, settings)
+        result = replace(result, from_statistics=statistics is not None)
         if measure is not None:
             result = replace(result, metrics=tuple(measure(partials)))
         for index, partial in enumerate(partials):
@@ -249,7 +255,8 @@ def _run_blocks(
     spill: Path,
     windows: Windows | None,
     statistics: Mapping[int, Mapping[str, Moments]] | None,
-) -> None:
+) -> dict[str, Tensor]:
+    """Quantize block after block; return what the head reads, if that was seen and is wanted."""
     streamed = plan.calibrated and statistics is None
     skeleton = _skeleton(plan, settings.device) if plan.calibrated else None
     quantizer: BlockQuantizer | None = None
@@ -275,6 +282,9 @@ def _run_blocks(
             for name, tensor in result.changed.items():
                 writer.write_changed(name, tensor)
         progress.advance(f"block {index + 1} of {plan.n_blocks}")
+    if quantizer is None or skeleton is None or not any(x.weighs_head for x in plan.outputs):
+        return {}
+    return {OUTPUT: head_inputs(skeleton, source, stream).diagonal.cpu()}
 
 
 def _skeleton(plan: Plan, device: torch.device) -> Skeleton:

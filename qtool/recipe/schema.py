@@ -261,7 +261,7 @@ def _default_method(recipe: Recipe) -> Method:
     types = [export.gguf_type for export in recipe.export]
     if types and None not in types:
         # Types of 6 bits and more lose so little that calibration is not worth its time.
-        return "rtn" if set(types) <= UNCALIBRATED_TYPES else "gptq"
+        return "rtn" if set(types) <= UNCALIBRATED_TYPES else "awq+gptq"
     return "rtn" if recipe.quantize.bits == 8 else "awq"
 
 

@@ -547,6 +547,35 @@ def test_statistics_serve_quantize(place, qtool, method):
     assert fields["quantize.imatrix.file"].contents() == "stats.gguf"
 
 
+def test_statistics_weigh_the_head_too_and_alike_in_both_commands(place, qtool):
+    statistics = ("--statistics", "stats.gguf")
+    assert (
+        qtool("quantize", "./model", *K, "-m", "rtn", *statistics, "-o", "x.gguf", *NO_EVAL).code
+        == 0
+    )
+    assert qtool("export", "./model", *K, *statistics, "-o", "y.gguf", "-q").code == 0
+    found, other = tensors_of(place / "x.gguf"), tensors_of(place / "y.gguf")
+    plain = tensors_of(place / "Q4_K_M.gguf")
+    for name in found:
+        assert (found[name].data == other[name].data).all(), name
+    assert (found["output.weight"].data != plain["output.weight"].data).any()
+    recipe = (place / "x.qtool-recipe.yaml").read_text()
+    assert "--statistics THE_SAME_FILE" in recipe.splitlines()[1]
+
+
+def test_a_calibrated_run_weighs_the_head_by_what_it_reads(place, qtool):
+    assert qtool(*QUANTIZE, *K, "-m", "gptq", *SMALL, *NO_EVAL).code == 0
+    found, plain = tensors_of(place / "x.gguf"), tensors_of(place / "Q4_K_M.gguf")
+    assert (found["output.weight"].data != plain["output.weight"].data).any()
+    assert (found["token_embd.weight"].data == plain["token_embd.weight"].data).all()
+
+
+def test_a_type_that_needs_importance_is_refused_without(place, qtool):
+    coarse = ("-f", "gguf:Q2_K_S", "-o", "x.gguf")
+    refuse(qtool("export", "./model", *coarse), 2, "too coarse", "--statistics")
+    assert qtool("export", "./model", *coarse, "--statistics", "stats.gguf", "-q").code == 0
+
+
 def test_rounding_to_nearest_is_what_export_does(place, qtool):
     assert qtool(*QUANTIZE, *K, "-m", "rtn", *NO_EVAL).code == 0
     assert digest(place / "x.gguf") == digest(place / "Q4_K_M.gguf")

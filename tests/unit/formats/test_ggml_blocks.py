@@ -8,7 +8,7 @@ from builders.ggml_tensors import HALVES, NAMES, random_bytes, random_parameters
 from oracles import ggml_blocks_slow as slow
 
 from qtool.errors import DamagedError, UnsupportedError
-from qtool.formats.ggml_blocks import dequantize, pack, unpack
+from qtool.formats.ggml_blocks import dequantize, is_finite, pack, unpack
 from qtool.ggml_types import GGML_TYPES
 from qtool.grids.ggml import GgmlGrid
 from qtool.grids.protocol import QuantizedTensor
@@ -199,3 +199,16 @@ def test_types_that_nobody_reads_are_named(name):
     kind = GGML_TYPES[name]
     with pytest.raises(UnsupportedError, match=name):
         dequantize(name, torch.zeros((1, kind.block_bytes), dtype=torch.uint8), kind.block)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_seen_wherever_it_stands(name, bad):
+    stored = pack(random_tensor(name, 3, 4, seed=11))
+    assert is_finite(name, stored)
+    for start in HALVES.get(name, (0,)):
+        spoiled = stored.clone()
+        block = spoiled.view(12, -1)[11]  # the last of the last row
+        block[start : start + 2] = torch.tensor([bad], dtype=torch.float16).view(torch.uint8)
+        assert not is_finite(name, spoiled)
+        assert is_finite(name, spoiled[:2])
