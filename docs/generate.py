@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a script, not a package
-"""Write docs/reference/{cli,recipe,families}.md from the code that they describe.
+"""Write docs/reference/{cli,recipe,families,memory}.md from the code that they describe.
 
     python docs/generate.py            write them
     python docs/generate.py --check    exit 1 if one of them is not what would be written
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 import types
 import typing
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, wherever it is run
 
 from qtool.cli.app import EXAMPLES, app  # noqa: E402
+from qtool.memory.catalogue import rows, shape_of_row  # noqa: E402
+from qtool.memory.file_sizes import weight_bytes  # noqa: E402
 from qtool.model.family import FAMILIES, Family  # noqa: E402
 from qtool.recipe import schema  # noqa: E402
 
@@ -35,7 +38,12 @@ MARK = "<!-- Written by docs/generate.py; change the code and run `make docs`. -
 
 def main() -> int:
     """Write the pages, or with --check only compare them."""
-    pages = {"cli.md": cli_page(), "recipe.md": recipe_page(), "families.md": families_page()}
+    pages = {
+        "cli.md": cli_page(),
+        "recipe.md": recipe_page(),
+        "families.md": families_page(),
+        "memory.md": memory_page(),
+    }
     if "--check" not in sys.argv[1:]:
         REFERENCE.mkdir(parents=True, exist_ok=True)
         for name, text in pages.items():
@@ -321,6 +329,64 @@ def _family(family: Family) -> list[str]:
         facts += f" Norms multiply by their stored weight plus {family.norm_offset:g}."
     table = _table(("tap", "linears", "scale folded into"), rows)
     return [f"## {family.name}", facts, table]
+
+
+# --- sizes of files ---------------------------------------------------------------------------
+
+PUBLISHED = ROOT / "qtool" / "memory" / "published.json"
+
+
+def memory_page() -> str:
+    """Return the sizes of published files beside their estimates, and the catalogue."""
+    entries = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    lines = [_published(entry) for entry in entries]
+    worst = max(abs(entry["bytes"] - estimate) / entry["bytes"] for entry, estimate, _ in lines)
+    parts = [
+        "Sizes of GGUF files from hyper-parameters alone, beside those of files on the Hugging "
+        "Face hub. Tensors are exact: what differs is in the headers, which hold the tokenizer, "
+        "the chat template and what the publisher added. The header of each tokenizer comes from "
+        f"one published file. The largest difference is {worst:.3%}.",
+        "*Recipe* is the year of the llama.cpp that the estimate is for: older files have other "
+        "mixes (`qtool/memory/gguf_sizes.py` says which).",
+        _table(
+            ("model", "type", "recipe", "published, bytes", "estimate, bytes", "difference"),
+            [
+                (
+                    f"[{entry['model']}]({entry['by']})",
+                    entry["type"] + (" (imatrix)" if entry.get("importance") else ""),
+                    str(recipe),
+                    f"{entry['bytes']:,}",
+                    f"{estimate:,}",
+                    f"{(estimate - entry['bytes']) / entry['bytes']:+.4%}",
+                )
+                for entry, estimate, recipe in lines
+            ],
+        ),
+        "## Catalogue",
+        "Models whose shapes qtool knows without a file. Any other is read from its config.json.",
+        _table(
+            ("model", "size", "parameters", "Q4_K_M, bytes"),
+            [
+                (
+                    f"[{row.name}]({row.source})",
+                    f"`{row.size}`",
+                    f"{shape_of_row(row.name).parameters:,}",
+                    f"{weight_bytes(shape_of_row(row.name), 'gguf:Q4_K_M').file_bytes:,}",
+                )
+                for row in rows()
+            ],
+        ),
+    ]
+    return _page("Memory", *parts)
+
+
+def _published(entry: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    shape = shape_of_row(entry["model"])
+    recipe = entry.get("recipe", shape.recipe)
+    found = weight_bytes(
+        shape, f"gguf:{entry['type']}", importance=entry.get("importance"), recipe=recipe
+    )
+    return entry, found.file_bytes, recipe
 
 
 if __name__ == "__main__":

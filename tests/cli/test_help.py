@@ -13,7 +13,7 @@ from builders.tiny_models import tiny_model
 
 from qtool.cli.app import run
 
-COMMANDS = ("inspect", "quantize", "calibrate", "export", "eval")
+COMMANDS = ("inspect", "estimate-memory", "quantize", "calibrate", "export", "eval")
 
 
 def examples(command, capsys):

@@ -1,0 +1,167 @@
+"""The shape of a model from its directory: config.json, headers, and for GGUF its tokenizer.
+
+The configuration says which tensors there must be, the headers what they are called, and of which
+dtype they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qtool.checkpoint.gguf_bytes import key_entry
+from qtool.checkpoint.gguf_values import Value, u32
+from qtool.checkpoint.header import TensorRef
+from qtool.checkpoint.locate import Checkpoint
+from qtool.errors import DamagedError
+from qtool.formats.gguf_vocab import vocabulary
+from qtool.memory.shape import ModelShape, TensorSpec
+from qtool.memory.shape_of_config import shape_of_config
+from qtool.memory.shape_of_gguf import shape_of_gguf
+from qtool.model.family import FAMILIES, Family
+from qtool.model.gguf_metadata import model_metadata
+
+__all__ = ["header_keys", "shape_of_gguf", "shape_of_headers", "with_tokenizer"]
+
+LAST_PARTS: Mapping[str, str] = {  # llama.cpp's name of a module in a block <- transformers' name
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up",
+    "post_attention_layernorm": "ffn_norm",
+}
+# Families with norms behind attention and MLP call them otherwise.
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def shape_of_headers(checkpoint: Checkpoint) -> ModelShape:
+    """Return the shape of a directory or hub model, from config.json and what its headers say.
+
+    Weights of the families that qtool quantizes get their names and dtypes in the checkpoint, so
+    that sizes of directories are exact to the byte. Of others config.json alone decides.
+
+    Raises:
+        DamagedError: a number of config.json is missing or impossible, or a header contradicts it.
+    """
+    shape = shape_of_config(checkpoint.config, name=checkpoint.name)
+    family = FAMILIES[str(checkpoint.config["model_type"])] if _has_family(checkpoint) else None
+    if family is None or not checkpoint.refs or checkpoint.config.get("quantization_config"):
+        return shape
+    found = {_llama_name(name, family): ref for name, ref in checkpoint.refs.items()}
+    tensors = []
+    for tensor in shape.tensors:
+        ref = found.get(tensor.name)
+        if ref is None or tensor.computed:
+            if ref is None and not tensor.computed:
+                raise DamagedError(
+                    f"{checkpoint.name} has no tensor for '{tensor.name}'",
+                    "config.json and weights belong to different models",
+                )
+            tensors.append(tensor)
+            continue
+        _check_shape(tensor, ref)
+        tensors.append(replace(tensor, stored=(ref.name, ref.dtype)))
+    return replace(shape, tensors=_in_order(tensors, checkpoint.refs), source=checkpoint.source)
+
+
+def _in_order(
+    tensors: Sequence[TensorSpec], refs: Mapping[str, TensorRef]
+) -> tuple[TensorSpec, ...]:
+    """Return tensors in the checkpoint's order, then what it does not have."""
+    places = {name: place for place, name in enumerate(refs)}
+    last = len(places)
+    return tuple(sorted(tensors, key=lambda t: places[t.stored[0]] if t.stored else last))
+
+
+def _has_family(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") in FAMILIES
+
+
+def _llama_name(name: str, family: Family) -> str:
+    """Return llama.cpp's name of a tensor, or the checkpoint's where there is none."""
+    if name in ENDS:
+        return ENDS[name]
+    module, _, leaf = name.rpartition(".")
+    prefix = f"{family.blocks}."
+    number, _, path = module.removeprefix(prefix).partition(".")
+    if not module.startswith(prefix) or not number.isdecimal():
+        return name
+    names = dict(LAST_PARTS)
+    if "post_feedforward_layernorm" in family.gguf.tensors:
+        names |= POST_NORMS
+    return f"blk.{int(number)}.{names.get(path, path)}.{leaf}"
+
+
+def _check_shape(tensor: TensorSpec, ref: TensorRef) -> None:
+    if tuple(ref.shape) != tensor.shape:
+        raise DamagedError(
+            f"tensor '{ref.name}' is {list(ref.shape)}, where config.json says "
+            f"{list(tensor.shape)}",
+            "config.json and weights belong to different models",
+        )
+
+
+def with_tokenizer(
+    shape: ModelShape,
+    checkpoint: Checkpoint,
+    *,
+    card: Mapping[str, Any] | None = None,
+    pre: str | None = None,
+) -> ModelShape:
+    """Return the shape for GGUF files whose keys are known to the byte, from the tokenizer's files.
+
+    Rows of the embedding that no token uses are left out of such a file, and so they are here.
+
+    Args:
+        shape: from `shape_of_headers`.
+        checkpoint: of the model; a family that qtool quantizes.
+        card: front matter of the model's README, as the writer of the file takes it.
+        pre: name of the pre-tokenizer, instead of recognising one.
+
+    Raises:
+        UnsupportedError: something that llama.cpp cannot express.
+        DamagedError: tokenizer files are missing or malformed.
+    """
+    config = checkpoint.config
+    family = FAMILIES[str(config["model_type"])]
+    words = vocabulary(checkpoint.path, size=shape.vocabulary, config=config, pre=pre)
+    metadata = model_metadata(
+        config,
+        family,
+        name=checkpoint.name,
+        vocabulary=words.size,
+        parameters=sum(ref.n_elements for ref in checkpoint.refs.values()),
+        card=card,
+    )
+    tensors = tuple(
+        replace(tensor, shape=(words.size, *tensor.shape[1:]))
+        if tensor.name in {"token_embd.weight", "output.weight"}
+        else tensor
+        for tensor in shape.tensors
+    )
+    keys = header_keys({**metadata, **words.metadata})
+    return replace(shape, tensors=tensors, vocabulary=words.size, header_bytes=keys)
+
+
+def header_keys(metadata: Mapping[str, Value]) -> int:
+    """Return the bytes of a quantized GGUF file's keys, those that say its type included."""
+    types = {"general.file_type": u32(0), "general.quantization_version": u32(2)}
+    return sum(len(key_entry(key, value)) for key, value in {**metadata, **types}.items())
