@@ -1,8 +1,8 @@
-"""`qtool eval`: perplexity, and what was lost against the original."""
+"""`qtool eval`: perplexity, what was lost against the original, and gates on both."""
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -11,13 +11,20 @@ from qtool.cli import options
 from qtool.cli.session import session
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Iterator, Sequence
 
     from qtool.calibration.datasets import DatasetSpec
     from qtool.calibration.tokens import Windows
     from qtool.checkpoint.locate import Checkpoint
-    from qtool.evaluation.perplexity import Estimate
-    from qtool.pipeline.evaluate import Evaluated
+    from qtool.console import Terminal
+    from qtool.evaluation.domains import DomainWindows
+    from qtool.evaluation.gates import Gate
+    from qtool.pipeline.progress import Progress
+    from qtool.pipeline.tokenizer_check import TokenizerCheck
+
+DEFAULT_CONTEXT = 2048
+# Text that papers name without saying where it lies -> the dataset.
+NAMED_DATA = {"wikitext-2": "hf:Salesforce/wikitext/wikitext-2-raw-v1:test:text"}
 
 
 def evaluate(
@@ -29,15 +36,70 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option("--ref", metavar="ORIGINAL", help="The model they were made from."),
     ] = None,
+    metrics: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--metrics",
+            help="Of ppl, ppl_llama_cpp (second halves only), kld, top1, flips (fraction "
+            "of tokens where one of MODEL and ORIGINAL finds the right next token likeliest and "
+            "the other does not), or all.",
+            show_default="ppl,kld,top1",
+        ),
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="builtin, FILE.txt|jsonl|parquet, or hf:ID.")
+        str, typer.Option("--data", help="builtin, wikitext-2, FILE.txt|jsonl|parquet, or hf:ID.")
     ] = "builtin",
-    context: Annotated[int, typer.Option("-l", "--ctx", help="Tokens of a window.", min=2)] = 2048,
+    context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-l", "--ctx", help="Tokens of a window.", min=2, show_default="2048"),
+    ] = None,
+    long_context: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--long-ctx",
+            metavar="LENGTHS",
+            help="Such as 4k,8k,16k: windows of the last length, and loss between each two.",
+        ),
+    ] = None,
     windows: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("-n", "--windows", help="Most windows.", min=1),
     ] = 16,
     every: Annotated[bool, typer.Option("--all", help="All windows of the data.")] = False,
+    domains: Annotated[
+        bool,
+        typer.Option("--domains", help="Also by domain: prose, code, digits, other scripts."),
+    ] = False,
+    gates: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--gate",
+            metavar="EXPR",
+            help="Fail with exit code 3 unless it holds: kld<=0.05, ppl_ratio<=1.03, loss<=3% "
+            "(rise of perplexity), top1>=0.9, size<=5GB, template==same. Repeatable.",
+        ),
+    ] = None,
+    noise_floor: Annotated[
+        bool,
+        typer.Option("--noise-floor", help="Also compare ORIGINAL with itself in bfloat16."),
+    ] = False,
+    logits_cache: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--logits-cache",
+            metavar="DIR",
+            help="Keep what is needed of ORIGINAL's logits, for other models and after Ctrl-C.",
+            envvar="QTOOL_LOGITS_CACHE",
+        ),
+    ] = None,
+    report_directory: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Write a page to look at: index.html, REPORT.md, plots and report.json.",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="To compute in: float32, bfloat16, float16.")
     ] = "float32",
@@ -49,134 +111,194 @@ def evaluate(
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure perplexity, and KL divergence from the original model."""
+    """Measure perplexity and KL divergence from the original model, and hold them to gates."""
     with session(
         "eval", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
     ) as terminal:
+        from qtool.evaluation.gates import check_gates, gate_error, parse_gates
+
+        limits = parse_gates(gates)
+        if report_directory is not None:
+            from qtool.evaluation.report import check_report
+
+            check_report(report_directory)
+        names = _names(metrics, limits, has_reference=reference is not None)
+        ends, length = _lengths(context, long_context)
+
         from qtool import device as devices
         from qtool.calibration.datasets import parse_dataset
         from qtool.checkpoint.locate import locate
-        from qtool.pipeline.evaluate import evaluate as run
+        from qtool.cli.evaluate_report import Report, render, result_object, results_of
+        from qtool.pipeline.evaluate import Extent, evaluate_fully
 
+        text = parse_dataset(NAMED_DATA.get(data, data))
+        _check_domains(text, data, wanted=domains)
         target = devices.resolve(device)
         original = None if reference is None else locate(reference, revision, offline, gguf=True)
         # --revision is that of the original, or without one of the models themselves.
         own = revision if reference is None else None
         found = [locate(name, own, offline, gguf=True) for name in models]
+        progress = terminal.progress()
+        checks = _checked_tokenizers(found, original, progress)
         limit = None if every else windows
-        tokens = _windows(original, found, parse_dataset(data), context, limit)
-        results = run(found, original, tokens, target, terminal.progress(), dtype=dtype)
-        terminal.result(
-            _result(results, tokens, data, context), _table(results, reference, data, context)
+        tokens, apart = _windows(original, found, text, length, limit, domains=domains)
+        _warn_of_length([*found, *([original] if original else [])], length, progress)
+        cache = logits_cache if original is not None else None
+        extent = Extent(ends, apart, cache, noise_floor)
+        evaluation = evaluate_fully(found, original, tokens, target, progress, extent, dtype=dtype)
+        report = Report(evaluation, original, tokens, data, length, names, checks)
+        results = results_of(report)
+        outcomes = check_gates(limits, results)
+        value = result_object(report, results, outcomes, progress.warnings)
+        terminal.result(value, render(report, outcomes))
+        if report_directory is not None:
+            _write_report(value, found, report_directory, terminal)
+        failure = gate_error(outcomes)
+        if failure is not None:
+            terminal.error(failure)
+            raise typer.Exit(failure.exit_code)
+
+
+def _write_report(
+    value: dict[str, Any], models: list[Checkpoint], directory: Path, terminal: Terminal
+) -> None:
+    """Write the report, with the layers' errors that quantize noted beside a model."""
+    from qtool.evaluation.report import write_report
+    from qtool.evaluation.report_layers import with_layers
+
+    places = [m.gguf[0].path if m.gguf else m.path for m in models]
+    written = write_report(with_layers(value, places), directory)
+    terminal.note(f"report: {written[0]}")
+
+
+def _names(metrics: str | None, gates: Sequence[Gate], *, has_reference: bool) -> tuple[str, ...]:
+    """Return the metrics that flags and gates ask for.
+
+    Raises:
+        UsageError: an unknown one, or one that needs an original where there is none.
+    """
+    from qtool.errors import UsageError
+    from qtool.evaluation.gates import check_measurable, needed_metrics
+    from qtool.evaluation.metrics_json import METRICS, NEED_REFERENCE, parse_metrics
+
+    chosen = parse_metrics(metrics)
+    check_measurable(gates, has_reference=has_reference)
+    alone = [name for name in chosen if name in NEED_REFERENCE]
+    if metrics is not None and metrics.strip() != "all" and alone and not has_reference:
+        raise UsageError(
+            f"--metrics {alone[0]} compares with an original, and none is given",
+            "give it with --ref ORIGINAL",
         )
+    needed = needed_metrics(gates)
+    return tuple(name for name in METRICS if name in chosen or name in needed)
+
+
+def _lengths(context: int | None, long_context: str | None) -> tuple[tuple[int, ...], int]:
+    """Return the ends of position buckets, if any, and the length of a window.
+
+    Raises:
+        UsageError: lengths that are none, or two flags that contradict each other.
+    """
+    from qtool.errors import UsageError
+    from qtool.evaluation.buckets import parse_long_context
+
+    if long_context is None:
+        return (), context or DEFAULT_CONTEXT
+    ends = parse_long_context(long_context)
+    if context not in {None, ends[-1]}:
+        raise UsageError(
+            f"--ctx {context} and --long-ctx {long_context} want windows of different lengths",
+            "leave --ctx out: windows are as long as the last of --long-ctx",
+        )
+    return ends, ends[-1]
+
+
+def _check_domains(text: DatasetSpec, data: str, *, wanted: bool) -> None:
+    from qtool.errors import UsageError
+
+    if wanted and text.kind != "builtin":
+        raise UsageError(
+            f"--domains is about the builtin texts, not about {data}", "leave --data out"
+        )
+
+
+def _warn_of_length(models: list[Checkpoint], length: int, progress: Progress) -> None:
+    """Warn where windows are longer than a model was made for."""
+    for model in models:
+        if model.gguf:
+            metadata = model.gguf[0].metadata
+            architecture = metadata.get("general.architecture")
+            key = f"{architecture.content if architecture else ''}.context_length"
+            value = metadata.get(key)
+            most = value.content if value else None
+        else:
+            most = model.config.get("max_position_embeddings")
+        if isinstance(most, int) and length > most > 0:
+            progress.warn(
+                "beyond_context",
+                f"{model.name} was made for {most} tokens, windows have {length}: "
+                "the loss beyond says nothing about its quantization",
+            )
+
+
+def _checked_tokenizers(
+    models: list[Checkpoint], original: Checkpoint | None, progress: Progress
+) -> list[TokenizerCheck | None]:
+    """Compare every model's tokenizer with the original's and warn loudly of differences."""
+    from qtool.pipeline.tokenizer_check import check_tokenizer
+
+    if original is None:
+        return [None for _ in models]
+    checks = []
+    for model in models:
+        check = check_tokenizer(model, original)
+        checks.append(check)
+        if check is None:
+            progress.warn(
+                "tokenizer_not_compared",
+                f"the tokenizers of {model.name} and {original.name} cannot be compared: "
+                "llama.cpp has none like that of the directory",
+            )
+            continue
+        message = check.warning(model.name, original.name)
+        if message is not None:
+            progress.warn("tokenizer_differs", message)
+    return checks
 
 
 def _windows(
     original: Checkpoint | None,
     models: list[Checkpoint],
     text: DatasetSpec,
-    context: int,
+    length: int,
     limit: int | None,
-) -> Windows:
+    *,
+    domains: bool,
+) -> tuple[Windows, DomainWindows | None]:
     """Tokenize the text as the original does, or else a directory, or else the first model."""
+    from contextlib import contextmanager
+
     from qtool.calibration.tokens import evaluation_windows
 
     directories = (model for model in models if not model.gguf)
     chosen = original or next(directories, models[0])
-    if chosen.gguf:
-        from qtool.evaluation.gguf_model import GgufTokenizer
 
-        with GgufTokenizer(chosen) as tokenizer:
-            return evaluation_windows(tokenizer, text, length=context, limit=limit)
-    from qtool.cli.calibration_data import load_tokenizer
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        if chosen.gguf:
+            from qtool.evaluation.gguf_model import GgufTokenizer
 
-    return evaluation_windows(load_tokenizer(chosen), text, length=context, limit=limit)
+            with GgufTokenizer(chosen) as tokenizer:
+                yield tokenizer
+        else:
+            from qtool.cli.calibration_data import load_tokenizer
 
+            yield load_tokenizer(chosen)
 
-def _result(results: list[Evaluated], windows: Any, data: str, context: int) -> dict[str, Any]:
-    from qtool.pipeline.evaluate import metrics_of
+    with opened() as tokenizer:
+        found = evaluation_windows(tokenizer, text, length=length, limit=limit)
+        if not domains:
+            return found, None
+        from qtool.evaluation.domains import domain_windows
 
-    return {
-        "schema": "qtool.eval/1",
-        "ok": True,
-        "exit_code": 0,
-        "data": {
-            "name": data,
-            "context": context,
-            "windows": len(windows.ids),
-            "sha256": windows.sha256,
-        },
-        "results": [
-            {
-                "model": r.checkpoint.source,
-                "format": _format_name(r),
-                "bytes": r.n_bytes,
-                "metrics": metrics_of(r),
-                "seconds": r.seconds,
-            }
-            for r in results
-        ],
-        "warnings": [],
-        "error": None,
-    }
-
-
-def _format_name(result: Evaluated) -> str:
-    if result.checkpoint.gguf:
-        from qtool.formats.gguf_file_types import FILE_TYPES
-
-        kind = result.checkpoint.gguf[0].metadata.get("general.file_type")
-        number = None if kind is None else kind.content
-        name = next((t.name for t in FILE_TYPES.values() if t.number == number), None)
-        return "gguf" if name is None else f"gguf:{name}"
-    declared = result.checkpoint.config.get("quantization_config") or {}
-    return str(declared.get("quant_method", "float"))
-
-
-def _table(
-    results: list[Evaluated], reference: str | None, data: str, context: int
-) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from qtool.checkpoint.untrusted import printable
-    from qtool.recipe.sizes import shown_size
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for title in ("format", "size", "perplexity"):
-        table.add_column(title, justify="right", no_wrap=True)
-    compared = reference is not None
-    for title in ("ratio", "KL divergence", "same top") if compared else ():
-        table.add_column(title, justify="right", no_wrap=True)
-    for r in sorted(results, key=lambda r: r.n_bytes):
-        ppl = _with_error(r.perplexity, 2)
-        row = [printable(r.checkpoint.source), _format_name(r), shown_size(r.n_bytes), ppl]
-        if r.comparison is not None:
-            kl = r.comparison.divergence
-            row += [
-                f"{r.perplexity.value / r.comparison.reference_perplexity.value:.4f}",
-                _with_error(kl, 4),
-                f"{100 * r.comparison.top1.value:.1f} %",
-            ]
-        table.add_row(*row)
-    tokens = results[0].perplexity.tokens
-    notes = f"{tokens} tokens of {data}, windows of {context} that do not overlap"
-    original = results[0].comparison
-    if original is not None:
-        notes += f"; original's perplexity {original.reference_perplexity.value:.3f}"
-    first = printable(results[0].checkpoint.source)
-    ending = f"next: qtool inspect {first}" if compared else f"next: qtool quantize {first}"
-    if not compared and _format_name(results[0]) != "float":
-        ending = f"next: qtool eval {first} --ref ORIGINAL"
-    # Never wrapped: it is there to be copied.
-    shown = Text(ending, no_wrap=True, overflow="ignore")
-    return Group(table, Text(), Text(printable(notes)), Text(), shown)
-
-
-def _with_error(estimate: Estimate, digits: int) -> str:
-    """Return a mean with its standard error, which one window alone does not give."""
-    value = f"{estimate.value:.{digits}f}"
-    error = estimate.standard_error
-    return value if math.isnan(error) else f"{value} ± {error:.{digits}f}"
+        return found, domain_windows(tokenizer, length)

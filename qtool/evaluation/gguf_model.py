@@ -14,6 +14,7 @@ from qtool.checkpoint.untrusted import printable, shown_path
 from qtool.errors import NumericalError, UnsupportedError
 from qtool.evaluation.llama_cpp import LlamaModel
 from qtool.evaluation.llama_trial import check_runs
+from qtool.evaluation.rows import PIECE_ROWS
 
 OTHER_CONTENTS = {  # general.type -> what the file is
     "imatrix": "an importance matrix",
@@ -107,6 +108,19 @@ class GgufModel:
                 )
             self._tick()
             yield logits
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield logits [PIECE_ROWS or fewer, vocabulary] float32; no piece spans two windows.
+
+        Nothing looks for values that are not finite: whoever sums them up will notice.
+
+        Raises:
+            UnsupportedError: the text has tokens that the model does not.
+        """
+        for window in self._windows:
+            for part in self._model.parts(window.tolist()):
+                yield from torch.from_numpy(part).to(self._device).split(PIECE_ROWS)
+            self._tick()
 
     def close(self) -> None:
         """Free the model."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -330,6 +330,14 @@ class LlamaModel:
         Raises:
             UnsupportedError: an id that the model does not have, or llama.cpp gives up.
         """
+        return np.concatenate([*self.parts(ids)])
+
+    def parts(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Yield the same TOKENS_AT_ONCE rows at a time, so that a long window needs no more memory.
+
+        Raises:
+            UnsupportedError: as `logits`.
+        """
         if not all(0 <= token < self.n_tokens for token in ids):
             raise UnsupportedError(
                 f"{shown_path(self._path)} has {self.n_tokens} tokens, but the text was tokenized "
@@ -337,7 +345,6 @@ class LlamaModel:
                 "compare a model with the one it was made from",
             )
         library = self._library
-        found = np.empty((len(ids), self.n_tokens), np.float32)
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
         batch = library.llama_batch_init(TOKENS_AT_ONCE, 0, 1)
         try:
@@ -351,11 +358,10 @@ class LlamaModel:
                         f"llama.cpp gives no logits for {shown_path(self._path)} (code {code})",
                         "check that llama.cpp itself can run it, and use a smaller --ctx",
                     )
-                shape = (len(part), self.n_tokens)
-                found[start : start + len(part)] = np.ctypeslib.as_array(pointer, shape)
+                # llama.cpp writes the next part to the same place.
+                yield np.ctypeslib.as_array(pointer, (len(part), self.n_tokens)).copy()
         finally:
             library.llama_batch_free(batch)
-        return found
 
 
 def _fill(batch: Batch, ids: Sequence[int], start: int) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity on consecutive windows that do not overlap, as quantization papers report it.
+"""Means over tokens with their standard errors; perplexity on windows that do not overlap.
 
 Every token of a window but its first is predicted from those before it in the window.
 """
@@ -6,21 +6,11 @@ Every token of a window but its first is predicted from those before it in the w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-def token_losses(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    """Return -log p [length - 1] of each token but the first.
-
-    Args:
-        log_probabilities: [length, vocabulary] float32.
-        ids: [length] int64.
-    """
-    targets = ids[1:, None].to(log_probabilities.device)
-    return -log_probabilities[:-1].gather(1, targets)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class Estimate:
     tokens: int
 
 
-def mean_over_windows(windows: list[Tensor]) -> Estimate:
+def mean_over_windows(windows: Sequence[Tensor]) -> Estimate:
     """Average per-token values; the error is that of window means.
 
     Tokens of one window are alike, so counting them as independent would make the error look
@@ -47,8 +37,13 @@ def mean_over_windows(windows: list[Tensor]) -> Estimate:
     return Estimate(float(values.mean()), error, values.numel())
 
 
-def perplexity(losses: list[Tensor]) -> Estimate:
+def perplexity(losses: Sequence[Tensor]) -> Estimate:
     """Return exp of the mean loss over windows, with its standard error to first order."""
     mean = mean_over_windows(losses)
     value = math.exp(min(mean.value, 700.0))
     return Estimate(value, value * mean.standard_error, mean.tokens)
+
+
+def perplexity_ratio(losses: Sequence[Tensor], reference: Sequence[Tensor]) -> Estimate:
+    """Return perplexity over the reference's; tokens are paired, which makes the error small."""
+    return perplexity([ours - theirs for ours, theirs in zip(losses, reference, strict=True)])

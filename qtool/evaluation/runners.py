@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qtool import device as devices
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.errors import NumericalError
+from qtool.evaluation.rows import PIECE_ROWS
 from qtool.formats.reading import DenseSource
 from qtool.model.family import family_of
 from qtool.model.skeleton import Skeleton
@@ -31,6 +33,9 @@ class Runner(Protocol):
 
     def logits(self) -> Iterator[Tensor]:
         """Yield the logits [length, vocabulary] float32 of one window after the other."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield the same in pieces of PIECE_ROWS rows, the last of a window shorter, unchecked."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -81,6 +86,7 @@ class StreamedModel:
                 check_finite(f"{path}.{name}", tensor)
             advance(self._stream, self._stream.hidden, block, index)
             skeleton.drop(path)
+            devices.return_free_memory()
             tick()
 
     def _load_head(self, source: DenseSource) -> None:
@@ -120,3 +126,14 @@ class StreamedModel:
                         "the model overflows; try another --dtype, or quantize with more bits",
                     )
                 yield logits
+
+    @torch.no_grad()
+    def pieces(self) -> Iterator[Tensor]:
+        """Yield logits [PIECE_ROWS or fewer, vocabulary] float32; no piece spans two windows.
+
+        Nothing looks for values that are not finite: whoever sums them up will notice.
+        """
+        for batch in self._stream.hidden:
+            for window in batch:
+                for rows in window.split(PIECE_ROWS):
+                    yield head_logits(self._skeleton, rows[None])[0].to(torch.float32)

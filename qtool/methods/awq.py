@@ -85,9 +85,7 @@ def _scale(importance: Tensor, ratio: float) -> Tensor:
     return scale / math.sqrt(float(scale.max()) * float(scale.min()))
 
 
-def _errors(
-    weights: Sequence[tuple[Tensor, Grid]], moment: Tensor, scale: Tensor | None
-) -> float:
+def _errors(weights: Sequence[tuple[Tensor, Grid]], moment: Tensor, scale: Tensor | None) -> float:
     return sum(_error(weight, grid, moment, scale) for weight, grid in weights)
 
 

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtool import device as devices
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
 from qtool.errors import UnsupportedError, UsageError
-from qtool.evaluation.divergence import Comparison, compare, perplexity_of
+from qtool.evaluation.buckets import PositionBucket, by_position
+from qtool.evaluation.divergence import Comparison, compared, second_half_perplexity
+from qtool.evaluation.domains import DomainScores, DomainWindows, by_domain
+from qtool.evaluation.metrics_json import DEFAULT_METRICS, metrics_json
 from qtool.evaluation.perplexity import Estimate, perplexity
-from qtool.evaluation.runners import Runner, StreamedModel
+from qtool.evaluation.rows import ReferenceRows
+from qtool.evaluation.runners import Runner
+from qtool.evaluation.scores import Scores, score_windows
+from qtool.pipeline.evaluate_reference import (
+    CachedReference,
+    Reference,
+    Setting,
+    common_vocabulary,
+    steps,
+)
 from qtool.pipeline.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOISE_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,9 @@ class Evaluated:
         perplexity: over every token but the first of each window.
         comparison: against the reference; None where there is none.
         seconds: wall time.
-        llama_cpp: perplexity by llama.cpp's rule, see `SecondHalf`; None for a directory.
+        llama_cpp: perplexity by llama.cpp's rule; None for windows too short for it.
+        positions: by position in the window, if that was asked for.
+        domains: by domain, if that was asked for.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +56,8 @@ class Evaluated:
     comparison: Comparison | None
     seconds: float
     llama_cpp: Estimate | None = None
+    positions: tuple[PositionBucket, ...] = ()
+    domains: dict[str, DomainScores] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -49,60 +65,29 @@ class Evaluated:
         return self.checkpoint.total_bytes
 
 
-class SecondHalf:
-    """Perplexity as llama-perplexity counts it, from logits that pass by.
+@dataclass(frozen=True)
+class Extent:
+    """What is measured beside the figures over all tokens.
 
-    Only tokens of a window's second half are scored: all of those have at least half a window
-    before them. The figure is lower than over whole windows, and comparable to llama.cpp's.
+    Args:
+        position_ends: of the buckets by position; the last is the length of a window.
+        domains: one window for each domain.
+        cache: directory for the reference's logits; None keeps nothing.
+        noise_floor: whether to compare the reference with itself in another dtype.
     """
 
-    def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-
-    def watch(self, logits: Iterable[Tensor], windows: Tensor) -> Iterator[Tensor]:
-        """Yield the logits of each window on, and note the losses of its second half."""
-        for ids, window in zip(windows, logits, strict=True):
-            first = len(ids) // 2
-            half = window[first:-1]
-            targets = ids[first + 1 :, None].to(half.device)
-            if len(half):
-                self._losses.append(half.logsumexp(-1) - half.gather(1, targets)[:, 0])
-            yield window
-
-    def perplexity(self) -> Estimate | None:
-        """Return it, or None where windows are too short to have a second half."""
-        return perplexity(self._losses) if self._losses else None
+    position_ends: tuple[int, ...] = ()
+    domains: DomainWindows | None = None
+    cache: Path | None = None
+    noise_floor: bool = False
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What all models are run with."""
+class Evaluation:
+    """Every model's figures, and what the reference itself differs by in NOISE_DTYPE."""
 
-    windows: Windows
-    device: torch.device
-    dtype: torch.dtype
-    spill: Path
-    progress: Progress
-
-    def run(self, checkpoint: Checkpoint, *, reference: bool = False) -> Runner:
-        """Run a model as far as its logits; those of a GGUF file are computed when asked for."""
-        ids, progress = self.windows.ids, self.progress
-
-        def tick() -> None:
-            progress.advance("")
-
-        if checkpoint.gguf:
-            from qtool.evaluation.gguf_model import GgufModel
-
-            if reference:  # its windows come between those of the models
-                return GgufModel(checkpoint, ids, self.device)
-            progress.start(f"running {checkpoint.name}", len(ids))
-            return GgufModel(checkpoint, ids, self.device, tick)
-        blocks = int(checkpoint.config["num_hidden_layers"])
-        progress.start(f"running {checkpoint.name}", blocks)
-        model = StreamedModel(checkpoint, ids, self.device, self.dtype, self.spill, tick)
-        progress.finish()
-        return model
+    results: tuple[Evaluated, ...]
+    noise_floor: Comparison | None = None
 
 
 def evaluate(
@@ -124,65 +109,141 @@ def evaluate(
         DamagedError: a GGUF file that llama.cpp refuses.
         NumericalError: logits that are not finite.
     """
+    extent = Extent()
+    return list(
+        evaluate_fully(models, reference, windows, device, progress, extent, dtype=dtype).results
+    )
+
+
+def evaluate_fully(
+    models: Sequence[Checkpoint],
+    reference: Checkpoint | None,
+    windows: Windows,
+    device: torch.device,
+    progress: Progress,
+    extent: Extent,
+    *,
+    dtype: str = "float32",
+) -> Evaluation:
+    """Measure models as `evaluate` does, and what `extent` asks for.
+
+    Raises:
+        UsageError: an unknown dtype, a noise floor without an original directory, or a cache that
+            cannot be written.
+        UnsupportedError, DamagedError, NumericalError: as `evaluate`.
+        CapacityError: no room for the cache.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", f"choose from: {', '.join(DTYPES)}")
+    _check_noise_floor(reference, extent, dtype)
+    parts = [windows.ids, *([extent.domains.ids] if extent.domains is not None else [])]
+    setting = Setting(torch.cat(parts), device, DTYPES[dtype], progress)
     for checkpoint in [*models, *([reference] if reference else [])]:
         _check_vocabulary(checkpoint, windows)
-    results = []
-    with tempfile.TemporaryDirectory() as spill:
-        task = _Task(windows, device, DTYPES[dtype], Path(spill), progress)
-        original = None if reference is None else task.run(reference, reference=True)
-        with nullcontext() if original is None else closing(original):
-            for checkpoint in models:
-                started = time.perf_counter()
-                with closing(task.run(checkpoint)) as model:
-                    found = _measured(checkpoint, model, original, windows.ids)
-                if checkpoint.gguf:
-                    progress.finish()
-                devices.synchronize(device)
-                results.append(replace(found, seconds=time.perf_counter() - started))
-    return results
+        if reference is not None:
+            common_vocabulary(checkpoint, reference, setting.ids)
+    with ExitStack() as stack:
+        spill = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        original: Reference | CachedReference | None = None
+        if reference is not None and extent.cache is not None:
+            original = CachedReference(reference, setting, extent.cache, dtype)
+        elif reference is not None:
+            original = stack.enter_context(closing(Reference(reference, setting, spill)))
+        task = _Task(setting, spill, reference, original, windows, extent)
+        results = tuple(task.measured(checkpoint) for checkpoint in models)
+        return Evaluation(results, task.noise_floor() if extent.noise_floor else None)
 
 
-def _measured(
-    checkpoint: Checkpoint, model: Runner, original: Runner | None, ids: Tensor
-) -> Evaluated:
-    """Measure one model; its `seconds` are still to be filled in."""
-    rule = SecondHalf()
-    logits = rule.watch(model.logits(), ids) if checkpoint.gguf else model.logits()
-    comparison = None
-    if original is None:
-        found = perplexity_of(logits, ids)
-    else:
-        expected = original.logits()
-        if checkpoint.gguf or not isinstance(original, StreamedModel):
-            logits, expected = _common(checkpoint, (model, logits), (original, expected), ids)
-        comparison = compare(logits, expected, ids)
-        found = comparison.perplexity
-    return Evaluated(checkpoint, found, comparison, 0.0, rule.perplexity())
+@dataclass(frozen=True)
+class _Task:
+    """One run of `qtool eval`: what stays the same from model to model."""
 
+    setting: Setting
+    spill: Path
+    reference: Checkpoint | None
+    original: Reference | CachedReference | None
+    windows: Windows
+    extent: Extent
 
-def _common(
-    checkpoint: Checkpoint,
-    model: tuple[Runner, Iterable[Tensor]],
-    original: tuple[Runner, Iterable[Tensor]],
-    ids: Tensor,
-) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-    """Cut logits to the tokens that both models have.
+    def measured(self, checkpoint: Checkpoint) -> Evaluated:
+        """Measure one model."""
+        started = time.perf_counter()
+        # Before the model, so that a cache is filled while the original alone is in memory.
+        expected, vocabulary = self._expected(checkpoint)
+        with closing(self.setting.run(checkpoint, self.spill)) as model:
+            scores = self._scores(checkpoint, model, expected, vocabulary)
+        devices.synchronize(self.setting.device)
+        found = self._summed(checkpoint, scores)
+        return replace(found, seconds=time.perf_counter() - started)
 
-    A GGUF file's vocabulary may be filled up to a round number, or cut to what the tokenizer
-    knows; the rows between stand for no token.
-    """
-    rows = min(model[0].vocabulary, original[0].vocabulary)
-    if int(ids.max()) >= rows:
-        raise UnsupportedError(
-            f"{checkpoint.name} has {model[0].vocabulary} tokens and the reference "
-            f"{original[0].vocabulary}, but the text was tokenized with more",
-            "compare a model with the one it was made from",
+    def noise_floor(self) -> Comparison | None:
+        """Compare the original with itself in NOISE_DTYPE."""
+        if self.reference is None:
+            return None
+        setting, name = self.setting, f"{self.reference.name} in {NOISE_DTYPE}"
+        expected, vocabulary = self._expected(self.reference)
+        other = replace(self.reference, name=name)
+        noisy = Setting(setting.ids, setting.device, DTYPES[NOISE_DTYPE], setting.progress)
+        with closing(noisy.run(other, self.spill)) as model:
+            scores = self._scores(other, model, expected, vocabulary)
+        return compared(scores[: len(self.windows.ids)])
+
+    def _expected(self, checkpoint: Checkpoint) -> tuple[Any, int | None]:
+        """Return what is known of the original for a model, and how many tokens both have."""
+        if self.original is None or self.reference is None:
+            return None, None
+        vocabulary = common_vocabulary(checkpoint, self.reference, self.setting.ids)
+        return self.original.rows(vocabulary), vocabulary
+
+    def _scores(
+        self,
+        checkpoint: Checkpoint,
+        model: Runner,
+        expected: Sequence[ReferenceRows] | None,
+        vocabulary: int | None,
+    ) -> list[Scores]:
+        setting = self.setting
+        title = f"measuring {checkpoint.name}"
+        tick = steps(setting.progress, title, len(setting.ids), "window")
+        # Rows that a GGUF file is filled up with count only where there is nothing to cut to.
+        pieces = (piece[:, :vocabulary] for piece in model.pieces())
+        reference = self.reference.name if self.reference is not None else ""
+        scores = score_windows(pieces, expected, setting.ids, (checkpoint.name, reference), tick)
+        setting.progress.finish()
+        return scores
+
+    def _summed(self, checkpoint: Checkpoint, scores: list[Scores]) -> Evaluated:
+        """Sum up what was scored; the time is still to be filled in."""
+        count = len(self.windows.ids)
+        main, apart = scores[:count], scores[count:]
+        domains = self.extent.domains
+        return Evaluated(
+            checkpoint,
+            perplexity([window.losses for window in main]),
+            compared(main),
+            0.0,
+            second_half_perplexity(main),
+            tuple(by_position(main, self.extent.position_ends)),
+            {} if domains is None else by_domain(apart, domains),
         )
-    cut_model = (window[:, :rows] for window in model[1])
-    cut_original = (window[:, :rows] for window in original[1])
-    return cut_model, cut_original
+
+
+def _check_noise_floor(reference: Checkpoint | None, extent: Extent, dtype: str) -> None:
+    if not extent.noise_floor:
+        return
+    if reference is None:
+        raise UsageError(
+            "--noise-floor compares the original with itself", "give it with --ref ORIGINAL"
+        )
+    if reference.gguf:
+        raise UsageError(
+            f"--noise-floor: {reference.name} is a GGUF file, which has the dtypes it has",
+            "give the directory that it was made from as --ref",
+        )
+    if dtype == NOISE_DTYPE:
+        raise UsageError(
+            f"--noise-floor: the original already runs in {dtype}", "use --dtype float32"
+        )
 
 
 def _check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
@@ -194,36 +255,27 @@ def _check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
         )
 
 
-def metrics_of(result: Evaluated) -> dict[str, Any]:
-    """Return a result's figures in the terms of the JSON contract."""
-    metrics: dict[str, Any] = {
-        "ppl": {
-            "value": result.perplexity.value,
-            "se": result.perplexity.standard_error,
-            "tokens": result.perplexity.tokens,
-        }
-    }
-    if result.llama_cpp is not None:
-        metrics["ppl_llama_cpp"] = {
-            "value": result.llama_cpp.value,
-            "se": result.llama_cpp.standard_error,
-            "tokens": result.llama_cpp.tokens,
-        }
-    comparison = result.comparison
-    if comparison is not None:
-        reference = comparison.reference_perplexity
-        metrics["ppl"]["reference"] = reference.value
-        metrics["ppl"]["ratio"] = result.perplexity.value / reference.value
-        metrics["kld"] = {
-            "mean": comparison.divergence.value,
-            "se": comparison.divergence.standard_error,
-            "median": comparison.divergence_median,
-            "p99": comparison.divergence_p99,
-            "tokens": comparison.divergence.tokens,
-        }
-        metrics["top1"] = {
-            "value": comparison.top1.value,
-            "se": comparison.top1.standard_error,
-            "tokens": comparison.top1.tokens,
-        }
-    return metrics
+def metrics_of(result: Evaluated, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Return a result's figures in the terms of the JSON contract.
+
+    Args:
+        result: of one model.
+        names: members of `METRICS`; None for what `quantize` puts in its report: without the
+            errors of quantiles, and llama.cpp's rule for its own files only.
+    """
+    if names is not None:
+        return metrics_json(result.perplexity, result.llama_cpp, result.comparison, names)
+    brief = {*DEFAULT_METRICS, *(("ppl_llama_cpp",) if result.checkpoint.gguf else ())}
+    found = metrics_json(result.perplexity, result.llama_cpp, result.comparison, brief)
+    for name, keys in BRIEF.items():
+        if name in found:
+            found[name] = {key: found[name][key] for key in keys if key in found[name]}
+    return found
+
+
+# What `quantize` keeps of each.
+BRIEF = {
+    "ppl": ("value", "se", "tokens", "reference", "ratio"),
+    "ppl_llama_cpp": ("value", "se", "tokens"),
+    "kld": ("mean", "se", "median", "p99", "tokens"),
+}

@@ -1,0 +1,291 @@
+"""What `qtool eval` says: the JSON object of its contract, and the tables a person reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint.untrusted import printable
+from qtool.evaluation.buckets import bucket_json
+from qtool.evaluation.domains import domain_json
+from qtool.evaluation.gates import GateOutcome, gate_error, gate_json, shown_outcome
+from qtool.evaluation.metrics_json import divergence_json
+from qtool.pipeline.evaluate import NOISE_DTYPE, metrics_of
+from qtool.pipeline.layer_errors import layer_errors
+from qtool.pipeline.tokenizer_check import TokenizerCheck, tokenizer_json
+from qtool.recipe.sizes import shown_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from qtool.calibration.tokens import Windows
+    from qtool.checkpoint.locate import Checkpoint
+    from qtool.evaluation.perplexity import Estimate
+    from qtool.pipeline.evaluate import Evaluated, Evaluation
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished run.
+
+    Args:
+        evaluation: its figures.
+        original: the model that all were compared with.
+        windows: of the text.
+        data: the text as the command line names it.
+        length: tokens of a window.
+        metrics: what was asked for.
+        checks: of each model's tokenizer, in order.
+    """
+
+    evaluation: Evaluation
+    original: Checkpoint | None
+    windows: Windows
+    data: str
+    length: int
+    metrics: tuple[str, ...]
+    checks: Sequence[TokenizerCheck | None]
+
+    def names(self, result: Evaluated) -> tuple[str, ...]:
+        """Return the metrics of one result: a GGUF file always has llama.cpp's own figure."""
+        if result.checkpoint.gguf and "ppl_llama_cpp" not in self.metrics:
+            return (*self.metrics, "ppl_llama_cpp")
+        return self.metrics
+
+
+# --- for programs --------------------------------------------------------------------------------
+
+
+def results_of(report: Report) -> list[dict[str, Any]]:
+    """Return the figures of every model in the terms of the JSON contract."""
+    return [
+        _result(report, result, check)
+        for result, check in zip(report.evaluation.results, report.checks, strict=True)
+    ]
+
+
+def result_object(
+    report: Report,
+    results: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[GateOutcome],
+    warnings: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Return the JSON object `qtool.eval/1`; a failed gate is in it beside the figures."""
+    failure = gate_error(outcomes)
+    floor, original = report.evaluation.noise_floor, report.original
+    value: dict[str, Any] = {
+        "schema": "qtool.eval/1",
+        "ok": failure is None,
+        "exit_code": 0 if failure is None else failure.exit_code,
+        "data": {
+            "name": report.data,
+            "context": report.length,
+            "windows": len(report.windows.ids),
+            "sha256": report.windows.sha256,
+        },
+        "results": list(results),
+        "gates": [gate_json(outcome) for outcome in outcomes],
+        "warnings": [{"code": code, "message": message} for code, message in warnings],
+        "error": None
+        if failure is None
+        else {
+            "code": failure.code,
+            "message": failure.message,
+            "hint": failure.hint,
+            "resumable": failure.resumable,
+        },
+    }
+    if original is not None:
+        value["reference"] = {
+            "model": original.source,
+            "format": format_name(original),
+            "bytes": original.total_bytes,
+        }
+    if floor is not None:
+        value["noise_floor"] = {"dtype": NOISE_DTYPE, "kld": divergence_json(floor)}
+    return value
+
+
+def _result(report: Report, result: Evaluated, check: TokenizerCheck | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": result.checkpoint.source,
+        "format": format_name(result.checkpoint),
+        "bytes": result.n_bytes,
+        "metrics": metrics_of(result, report.names(result)),
+        "seconds": result.seconds,
+    }
+    if result.positions:
+        found["positions"] = [bucket_json(bucket) for bucket in result.positions]
+    if result.domains:
+        found["domains"] = domain_json(result.domains)
+    if check is not None:
+        found["tokenizer"] = tokenizer_json(check)
+    layers = layer_errors(result.checkpoint)
+    if layers:
+        found["layers"] = layers
+    return found
+
+
+def format_name(checkpoint: Checkpoint) -> str:
+    """Return the format of a model: `float`, a quantization method, or `gguf:TYPE`."""
+    if checkpoint.gguf:
+        from qtool.formats.gguf_file_types import FILE_TYPES
+
+        kind = checkpoint.gguf[0].metadata.get("general.file_type")
+        number = None if kind is None else kind.content
+        name = next((t.name for t in FILE_TYPES.values() if t.number == number), None)
+        return "gguf" if name is None else f"gguf:{name}"
+    declared = checkpoint.config.get("quantization_config") or {}
+    return str(declared.get("quant_method", "float"))
+
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableType:
+    """Return the tables, what there is to say about them, and the next command."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_table(report)]
+    for result in report.evaluation.results:
+        parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
+    parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
+    parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
+    # Never wrapped: it is there to be copied.
+    return Group(*parts, Text(), Text(_next(report), no_wrap=True, overflow="ignore"))
+
+
+def printable_whole(text: str) -> str:
+    """Return text of any length with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _plain_table(first: str, titles: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _table(report: Report) -> Table:
+    results = report.evaluation.results
+    asked = {name for result in results for name in report.names(result)}
+    compared = report.original is not None
+    titles = ["format", "size", "perplexity"]
+    titles += ["llama.cpp's"] if "ppl_llama_cpp" in asked else []
+    titles += ["ratio"] if compared else []
+    titles += ["KL divergence", "99 % below"] if compared and "kld" in asked else []
+    titles += ["same top"] if compared and "top1" in asked else []
+    titles += ["flips"] if compared and "flips" in asked else []
+    table = _plain_table("model", titles)
+    for result in sorted(results, key=lambda r: r.n_bytes):
+        table.add_row(*_row(result, asked))
+    return table
+
+
+def _row(result: Evaluated, asked: set[str]) -> list[str]:
+    name = printable(result.checkpoint.source)
+    row = [name, format_name(result.checkpoint), shown_size(result.n_bytes)]
+    row.append(_with_error(result.perplexity, 2))
+    if "ppl_llama_cpp" in asked:
+        row.append("" if result.llama_cpp is None else _with_error(result.llama_cpp, 2))
+    comparison = result.comparison
+    if comparison is None:
+        return row
+    row.append(f"{comparison.ratio.value:.4f}")
+    if "kld" in asked:
+        row.append(_with_error(comparison.divergence, 4))
+        row.append(f"{comparison.divergence_p99.value:.3g}")
+    row += [_percent(comparison.top1)] if "top1" in asked else []
+    row += [_percent(comparison.flips)] if "flips" in asked else []
+    return row
+
+
+def _positions(result: Evaluated) -> Table | None:
+    if not result.positions:
+        return None
+    compared = result.positions[0].divergence is not None
+    titles = ["loss", *(["original's", "KL divergence"] if compared else []), "tokens"]
+    table = _plain_table(f"{printable(result.checkpoint.source)}, position", titles)
+    for bucket in result.positions:
+        row = [f"{bucket.start} to {bucket.stop}", _with_error(bucket.loss, 4)]
+        if bucket.reference_loss is not None and bucket.divergence is not None:
+            row += [_with_error(bucket.reference_loss, 4), _with_error(bucket.divergence, 4)]
+        table.add_row(*row, str(bucket.loss.tokens))
+    return table
+
+
+def _domains(result: Evaluated) -> Table | None:
+    if not result.domains:
+        return None
+    compared = any(scores.divergence is not None for scores in result.domains.values())
+    titles = ["perplexity", *(["original's", "KL divergence", "same top"] if compared else [])]
+    table = _plain_table(f"{printable(result.checkpoint.source)}, domain", [*titles, "tokens"])
+    for name, scores in result.domains.items():
+        row = [name, f"{scores.perplexity.value:.2f}"]
+        if scores.reference_perplexity is not None and scores.divergence is not None:
+            row += [f"{scores.reference_perplexity.value:.2f}", _with_error(scores.divergence, 4)]
+        if scores.top1 is not None:
+            row.append(_percent(scores.top1))
+        table.add_row(*row, str(scores.perplexity.tokens))
+    return table
+
+
+def _notes(report: Report) -> list[str]:
+    first = report.evaluation.results[0]
+    note = (
+        f"{first.perplexity.tokens} tokens of {report.data}, windows of {report.length} that do "
+        "not overlap"
+    )
+    if first.comparison is not None:
+        note += f"; original's perplexity {first.comparison.reference_perplexity.value:.3f}"
+        half = first.comparison.second_half
+        if half is not None and "ppl_llama_cpp" in report.names(first):
+            note += f", {half[1].value:.3f} by llama.cpp's rule (second halves only)"
+    notes = [note]
+    for result, check in zip(report.evaluation.results, report.checks, strict=True):
+        if check is not None and check.differences:
+            source = result.checkpoint.source
+            notes.append(f"TOKENIZER OF {source} DIFFERS: {'; '.join(check.differences)}")
+        error = None if result.comparison is None else result.comparison.approximation
+        if error is not None:
+            spread = "" if math.isnan(error.standard_error) else f" ± {error.standard_error:.1g}"
+            notes.append(
+                f"{result.checkpoint.source}: divergence from the cache is off by "
+                f"{error.value:.1g}{spread} (measured on {error.tokens} tokens)"
+            )
+    floor = report.evaluation.noise_floor
+    if floor is not None:
+        notes.append(
+            f"noise floor: the original in {NOISE_DTYPE} diverges from itself by "
+            f"{_with_error(floor.divergence, 6)}"
+        )
+    return notes
+
+
+def _next(report: Report) -> str:
+    first = report.evaluation.results[0].checkpoint
+    source = printable(first.source)
+    if report.original is not None:
+        return f"next: qtool inspect {source}"
+    if format_name(first) != "float":
+        return f"next: qtool eval {source} --ref ORIGINAL"
+    return f"next: qtool quantize {source}"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} %"
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    """Return a mean with its standard error, which one window alone does not give."""
+    value = f"{estimate.value:.{digits}f}"
+    error = estimate.standard_error
+    return value if math.isnan(error) else f"{value} ± {error:.{digits}f}"

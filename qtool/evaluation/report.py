@@ -1,0 +1,127 @@
+"""Write the report of an evaluation: a page, the same as Markdown, its plots and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint.output import OutputDirectory, check_output, sync, write_error
+from qtool.checkpoint.untrusted import shown_path
+from qtool.errors import QtoolError, UsageError
+from qtool.evaluation.report_markdown import markdown
+from qtool.evaluation.report_page import PLOTS, page, plot_files
+from qtool.evaluation.report_reading import facts_of
+from qtool.json_text import json_text
+
+PAGE, TEXT, FIGURES = "index.html", "REPORT.md", "report.json"
+OUR_FILES = frozenset({PAGE, TEXT, FIGURES, *(plot.file for plot in PLOTS)})
+
+
+def report_files(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return file name -> content of a report.
+
+    Args:
+        result: the object that `qtool eval --json` prints; what it lacks is left out.
+    """
+    facts = facts_of(result)
+    plots = plot_files(facts)
+    return {
+        PAGE: page(facts),
+        TEXT: markdown(facts, list(plots)),
+        **plots,
+        FIGURES: f"{json_text(result, indent=1)}\n",
+    }
+
+
+def write_report(result: Mapping[str, Any], directory: Path) -> tuple[Path, ...]:
+    """Write a report, complete or not at all, and return its files, the page first.
+
+    An older report in the directory is replaced.
+
+    Args:
+        result: the object that `qtool eval --json` prints.
+        directory: absent, empty, or with an older report and nothing else in it.
+
+    Raises:
+        UsageError: something else is in the way.
+        CapacityError: the disk is full.
+    """
+    files = report_files(result)
+    try:
+        place = _ReportDirectory(directory)
+        with place as partial:
+            for name, content in files.items():
+                try:
+                    (partial / name).write_text(content, encoding="utf-8")
+                except OSError as error:
+                    raise write_error(partial / name, error) from error
+            final = place.commit()
+    except QtoolError as error:
+        raise _about_report(error) from error
+    return tuple(final / name for name in files)
+
+
+def check_report(directory: Path) -> Path:
+    """Return the absolute path of a report, or refuse it before hours of evaluation.
+
+    Raises:
+        UsageError: a file, a link, or a directory with something else than a report in it.
+    """
+    try:
+        return _ReportDirectory(directory).final
+    except QtoolError as error:
+        raise _about_report(error) from error
+
+
+class _ReportDirectory(OutputDirectory):
+    """A directory of which only an older report may be replaced."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = _checked(final)
+        self._overwrite = True
+        self.partial = self.final.with_name(f".{self.final.name}.partial-report")
+        self._created_parents = []
+
+    def commit(self) -> Path:
+        """Put every file on the disk and give the directory its final name; return that.
+
+        Raises:
+            UsageError: something else appeared under the name meanwhile.
+            CapacityError: the disk is full.
+        """
+        _checked(self.final)
+        try:
+            for path in sorted(self.partial.iterdir()):
+                sync(path)
+            sync(self.partial)
+            self._rename()
+            sync(self.final.parent)
+        except OSError as error:
+            raise write_error(self.final, error) from error
+        self._created_parents.clear()
+        return self.final
+
+
+def _checked(final: Path) -> Path:
+    if final.is_symlink() or not final.is_dir():
+        return check_output(final)
+    try:
+        names = {path.name for path in final.iterdir()}
+    except OSError as error:
+        raise write_error(final, error) from error
+    strange = sorted(names - OUR_FILES)
+    if not names or (not strange and FIGURES in names and final.resolve() != Path.cwd()):
+        return final.parent.resolve() / final.name
+    raise UsageError(
+        f"{shown_path(final)} holds other files than a report: {shown_path(Path(*strange[:3]))}"
+        if strange
+        else f"{shown_path(final)} cannot be replaced by a report",
+        "choose another directory for --report",
+    )
+
+
+def _about_report(error: QtoolError) -> QtoolError:
+    """Return an error that speaks of the flag with which a report was asked for."""
+    hint = error.hint.replace("--output", "--report")
+    return type(error)(error.message, hint, resumable=error.resumable)
