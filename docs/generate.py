@@ -27,6 +27,7 @@ REFERENCE = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout that this file belongs to, wherever it is run
 
+from qtool import memory  # noqa: E402
 from qtool.cli.app import EXAMPLES, app  # noqa: E402
 from qtool.memory.catalogue import rows, shape_of_row  # noqa: E402
 from qtool.memory.file_sizes import weight_bytes  # noqa: E402
@@ -333,7 +334,7 @@ def _family(family: Family) -> list[str]:
 
 # --- sizes of files ---------------------------------------------------------------------------
 
-PUBLISHED = ROOT / "qtool" / "memory" / "published.json"
+PUBLISHED = Path(memory.__file__).parent / "published.json"
 
 
 def memory_page() -> str:
