@@ -258,16 +258,18 @@ def _plan_and_run(
     if dry_run:
         terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs, again))
         return
-    results = []
-    data: dict[str, Any] | None = None
+    results: list[Any] = []
+    data: dict[str, Any] = {}
+    measure: Any = None
     for plan, paths in jobs:
         terminal.note(
             f"{checkpoint.name}: {plan.method.name}, {plan.scheme}, {len(plan.linears)} linears, "
             f"{plan.bits_per_weight:.2f} bits per weight, on {devices.describe(settings.device)}"
         )
-        if data is None or not data:
+        if not data:
             data = _calibration(plan, statistics, progress)
-        measure = _measurement(checkpoint, recipe, settings, progress)
+        if not results:  # the text is tokenized once for all passes
+            measure = _measurement(checkpoint, recipe, settings, progress)
         result = run_plan(plan, paths, settings, progress, measure=measure, **data)
         results.append((result, paths))
     terminal.result(run_result(results, progress.warnings), run_table(results))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 
 from qtool.errors import UsageError
 from qtool.ggml_types import GGML_TYPES
@@ -172,9 +171,3 @@ def cache_parts(shape: ModelShape, settings: CacheSettings) -> tuple[CachePart, 
             states = each * settings.sequences * count
             parts.append(CachePart("a state in float32", 0, each, count, states))
     return tuple(parts)
-
-
-def bytes_per_token(shape: ModelShape, settings: CacheSettings) -> Fraction:
-    """Return what one more token of a long text costs: blocks without a window only."""
-    growing = (b for b in shape.cache if b.window is None and not b.shared)
-    return Fraction(sum(token_bytes(block, settings) for block in growing))

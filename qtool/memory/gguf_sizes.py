@@ -16,7 +16,6 @@ from qtool.errors import UsageError
 from qtool.formats.gguf_file_types import (
     EIGHT_EXPERTS,
     FALCON,
-    FILE_TYPES,
     FileType,
     file_type_named,
 )
@@ -221,8 +220,3 @@ def _with_joined_latents(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...
             )
         found.append(tensor)
     return tuple(found)
-
-
-def gguf_names() -> tuple[str, ...]:
-    """Return every GGUF type whose sizes are known."""
-    return (*FILE_TYPES, MXFP4)

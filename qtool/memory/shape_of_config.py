@@ -63,11 +63,6 @@ def shape_of_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     return _usual_shape(settings, name, kind, kind.name)
 
 
-def known_model_types() -> frozenset[str]:
-    """Return the values of `model_type` whose shapes are exact."""
-    return frozenset({*ARCHITECTURES, *SPECIAL})
-
-
 def _usual_shape(
     settings: Settings, name: str, kind: Architecture, architecture: str
 ) -> ModelShape:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import yaml
 
 from qtool import __version__
-from qtool.pipeline.outputs import PlannedOutput
 
 if TYPE_CHECKING:
+    from qtool.pipeline.outputs import PlannedOutput
     from qtool.pipeline.plan import Plan
     from qtool.pipeline.quantize import QuantizeResult
 

@@ -16,12 +16,13 @@ from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint, extra_files, locate
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import HubError, QtoolError, UnsupportedError, UsageError
 from qtool.memory.catalogue import find_shape
-from qtool.memory.file_sizes import FormatBytes, stored_bytes
+from qtool.memory.file_sizes import FormatBytes, existing_gguf
 from qtool.memory.file_sizes import Part as BytesPart
 from qtool.memory.shape import ModelShape
 from qtool.memory.shape_of_files import shape_of_headers, with_tokenizer
 from qtool.memory.shape_of_gguf import shape_of_gguf
 from qtool.model.family import FAMILIES
+from qtool.pipeline.card import original_card
 
 # A larger tokenizer takes longer to read than an estimate may; its part of a GGUF file is known
 # well enough without.
@@ -140,7 +141,7 @@ def _described(
     quick = tokenizer.exists() and (thorough or tokenizer.stat().st_size <= QUICK_TOKENIZER_BYTES)
     if quick and config.get("model_type") in FAMILIES:
         try:
-            known = with_tokenizer(shape, checkpoint)
+            known = with_tokenizer(shape, checkpoint, card=original_card(directory))
         except QtoolError:  # a file of it cannot be made: its header is estimated then
             known = shape
         shape = shape if known.vocabulary != shape.vocabulary else known
@@ -190,11 +191,6 @@ def _of_gguf(checkpoint: Checkpoint, given: str) -> FoundModel:
     if container["statistics"]:
         raise UsageError(f"{shown_path(Path(given))} holds statistics, not a model", BY_HAND)
     shape, stored = shape_of_gguf(checkpoint.gguf)
-    computed = stored_bytes(shape, f"gguf:{container['file_type'] or 'mixed'}", stored)
     whole = sum(part.file_bytes for part in checkpoint.gguf)
-    parts = computed.parts
-    if whole != computed.file_bytes:
-        rest = whole - computed.file_bytes
-        parts = (*parts, BytesPart("further headers", rest, f"of {len(checkpoint.gguf)} files"))
-    exact = replace(computed, file_bytes=whole, parts=parts)
+    exact = existing_gguf(shape, stored, whole, f"gguf:{container['file_type'] or 'mixed'}")
     return FoundModel(given, replace(shape, name=checkpoint.name), stored=exact)

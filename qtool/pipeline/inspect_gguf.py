@@ -20,6 +20,7 @@ from qtool.checkpoint.untrusted import printable
 from qtool.ggml_types import FLOAT_TYPES, GGML_TYPES
 from qtool.model.family import FAMILIES
 from qtool.pipeline.gguf_warnings import file_type_name, find_warnings
+from qtool.pipeline.inspection import active_parameters
 from qtool.pipeline.packed_headers import ENGINES
 from qtool.pipeline.tokenizer_files import differences, pair
 
@@ -85,7 +86,10 @@ def inspect_gguf(checkpoint: Checkpoint, *, list_tensors: bool = False) -> dict[
             "path": str(checkpoint.gguf[0].path),
             "parameters": total,
         },
-        "parameters": {"total": total, "active": _active(counts, architecture)},
+        "parameters": {
+            "total": total,
+            "active": active_parameters(counts, architecture, EXPERT_WEIGHT),
+        },
         "architecture": architecture,
         "tensors": _tensors(checkpoint, counts, bits_per_weight, list_tensors=list_tensors),
         "quantization": _quantization(checkpoint.refs, metadata, bits_per_weight),
@@ -166,16 +170,6 @@ def _fused_groups(refs: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
         if together:
             groups.append({"name": name, "stored": "separate", "count": together})
     return groups
-
-
-def _active(counts: Mapping[str, int], architecture: Mapping[str, Any]) -> int:
-    """Return the parameters that one token passes through."""
-    total = sum(counts.values())
-    experts, chosen = architecture["experts"], architecture["experts_per_token"]
-    if type(experts) is not int or type(chosen) is not int or not 0 < chosen <= experts:
-        return total
-    in_experts = sum(count for name, count in counts.items() if EXPERT_WEIGHT.match(name))
-    return total - in_experts + in_experts * chosen // experts
 
 
 def _tensors(

@@ -69,7 +69,7 @@ def inspect_model(checkpoint: Checkpoint, *, list_tensors: bool = False) -> dict
     architecture = _architecture(checkpoint)
     counts = _parameter_counts(checkpoint.refs, modules, tied=architecture["tied_embeddings"])
     total = sum(counts.values())
-    active = _active(counts, architecture)
+    active = active_parameters(counts, architecture, EXPERT_NAME)
     bits_per_weight = 8 * checkpoint.total_bytes / total if total else 0.0
     quantization = describe_quantization(modules, checkpoint.config, bits_per_weight)
     return {
@@ -169,13 +169,15 @@ def _parameter_counts(
     return counts
 
 
-def _active(counts: Mapping[str, int], architecture: Mapping[str, Any]) -> int:
-    """Return the parameters that one token passes through."""
+def active_parameters(
+    counts: Mapping[str, int], architecture: Mapping[str, Any], experts_named: re.Pattern[str]
+) -> int:
+    """Return the parameters that one token passes through; names tell which are experts'."""
     total = sum(counts.values())
     experts, chosen = architecture["experts"], architecture["experts_per_token"]
     if type(experts) is not int or type(chosen) is not int or not 0 < chosen <= experts:
         return total
-    in_experts = sum(count for name, count in counts.items() if EXPERT_NAME.search(name))
+    in_experts = sum(count for name, count in counts.items() if experts_named.search(name))
     return total - in_experts + in_experts * chosen // experts
 
 

@@ -7,7 +7,6 @@ from qtool.memory.cache import (
     CACHE_TYPES,
     CacheSettings,
     block_bytes,
-    bytes_per_token,
     cache_bytes,
     cache_parts,
     cache_type_named,
@@ -59,7 +58,7 @@ def test_contexts_are_rounded_up_to_256(tokens, cells):
 def test_the_latent_of_deepseek_v3_takes_70272_bytes_a_token():
     latent = BlockCache(keys=512 + 64)
     model = shape(*[latent] * 61)
-    assert bytes_per_token(model, CacheSettings(1)) == 70272
+    assert cache_bytes(model, CacheSettings(256)) == 70272 * 256
     assert cache_bytes(model, CacheSettings(4096)) == 70272 * 4096
 
 

@@ -15,7 +15,9 @@ from qtool.checkpoint.locate import locate
 from qtool.errors import DamagedError
 from qtool.memory.catalogue import rows, shape_of_row
 from qtool.memory.shape import BlockCache
-from qtool.memory.shape_of_config import known_model_types, shape_of_config
+from qtool.memory.shape_architectures import ARCHITECTURES
+from qtool.memory.shape_of_config import SPECIAL as OWN_RULES
+from qtool.memory.shape_of_config import shape_of_config
 from qtool.memory.shape_of_files import shape_of_headers
 from qtool.memory.shape_of_gguf import shape_of_gguf
 from qtool.model.conversion import converted_tensors
@@ -352,7 +354,7 @@ KEYS = sorted(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.sampled_from(sorted(known_model_types() | {"unknown"})),
+    st.sampled_from(sorted({*ARCHITECTURES, *OWN_RULES, "unknown"})),
     st.dictionaries(st.sampled_from(KEYS), WILD, max_size=4),
 )
 def test_a_hostile_config_gives_a_shape_or_a_refusal(model_type, wild):

@@ -1,6 +1,7 @@
 """What --phase quantize says is what real runs take, and its tables are the engine's own."""
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -77,16 +78,13 @@ def test_real_runs_take_what_is_said(models, tmp_path, dtype, method, windows):
     shape = shape_of_config(json.loads((model / "config.json").read_text()), name="Tiny")
     run = Run(method, windows, LENGTH, stored_bytes=stored, computed_bytes=computed)
     said = quantize_memory(shape, run).peak_ram
-    peak = measured(model, tmp_path / "out", method, windows)
-    for attempt in range(2):
-        # Beside other processes an allocator now and then keeps what it might give back. That only
-        # adds, so the least of a few runs is what the run needs.
-        if said.likely == pytest.approx(peak, rel=WITHIN):
-            break
-        peak = min(peak, measured(model, tmp_path / f"again{attempt}", method, windows))
-    assert said.likely == pytest.approx(peak, rel=WITHIN)
-    assert said.low <= peak * (1 + WITHIN)
-    assert peak <= said.high * (1 + WITHIN)
+    peaks = [measured(model, tmp_path / "out", method, windows)]
+    if said.likely != pytest.approx(peaks[0], rel=WITHIN):
+        # One peak in some twenty lies higher: the middle of three is what a run takes.
+        peaks += [measured(model, tmp_path / f"again{n}", method, windows) for n in range(2)]
+    assert said.likely == pytest.approx(statistics.median(peaks), rel=WITHIN)
+    assert said.low <= min(peaks) * (1 + WITHIN)
+    assert max(peaks) <= said.high * (1 + WITHIN)
 
 
 def test_methods_need_what_the_engine_says():
