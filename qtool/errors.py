@@ -27,6 +27,15 @@ class QtoolError(Exception):
         self.hint = hint
         self.resumable = resumable
 
+    def as_json(self) -> dict[str, str | bool]:
+        """Return the error in the terms of the JSON contract."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "resumable": self.resumable,
+        }
+
 
 class UsageError(QtoolError):
     """A flag, argument or recipe that cannot be carried out as written."""

@@ -34,14 +34,7 @@ def result_of(found: Estimate, missed: QtoolError | None = None) -> dict[str, An
         "details": [_details(row) for row in found.rows],
         "next": next_command(found),
         "warnings": [{"code": code, "message": text} for code, text in found.warnings],
-        "error": None
-        if missed is None
-        else {
-            "code": missed.code,
-            "message": missed.message,
-            "hint": missed.hint,
-            "resumable": missed.resumable,
-        },
+        "error": None if missed is None else missed.as_json(),
     }
 
 

@@ -89,14 +89,7 @@ def result_object(
         "results": list(results),
         "gates": [gate_json(outcome) for outcome in outcomes],
         "warnings": [{"code": code, "message": message} for code, message in warnings],
-        "error": None
-        if failure is None
-        else {
-            "code": failure.code,
-            "message": failure.message,
-            "hint": failure.hint,
-            "resumable": failure.resumable,
-        },
+        "error": None if failure is None else failure.as_json(),
     }
     if original is not None:
         value["reference"] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -10,7 +9,7 @@ import typer
 
 from qtool.cli import options
 from qtool.cli.session import session
-from qtool.errors import UnsupportedError, UsageError
+from qtool.errors import UsageError
 
 if TYPE_CHECKING:
     from qtool.console import Terminal
@@ -137,6 +136,15 @@ def quantize(
             show_default="the recipe's, or quick",
         ),
     ] = None,
+    gates: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--gate",
+            metavar="EXPR",
+            help="Exit code 3 unless the result meets it: kld<=0.05, loss<=3%, size<=5GB, any that "
+            "eval knows. Repeatable.",
+        ),
+    ] = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -183,6 +191,7 @@ def quantize(
             "strict": strict,
             "split_max_size": split_max_size,
             "modelfile": modelfile,
+            "gates": gates,
         }
         built = build_recipe(model, recipe, flags, settings or [])
         _plan_and_run(
@@ -200,7 +209,7 @@ def quantize(
 
 
 # Flags whose names on the command line are not those of the parameters.
-SPELLED = {"formats": "format", "datasets": "dataset", "evaluation": "eval"}
+SPELLED = {"formats": "format", "datasets": "dataset", "evaluation": "eval", "gates": "gate"}
 SWITCHES = {
     "symmetric": ("--sym", "--asym"),
     "act_order": ("--act-order", "--no-act-order"),
@@ -232,8 +241,11 @@ def _plan_and_run(
 ) -> None:
     from qtool import device as devices
     from qtool.checkpoint.locate import locate
+    from qtool.cli.quantize_measure import measurer_of
     from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
     from qtool.cli.recipe_flags import destinations
+    from qtool.evaluation.gates import gate_error, parse_gates
+    from qtool.pipeline.measurement import check_gates_can_decide
     from qtool.pipeline.plan import make_plans
     from qtool.pipeline.quantize import RunSettings, check_outputs, run_plan
     from qtool.recipe.sizes import parse_size
@@ -255,12 +267,14 @@ def _plan_and_run(
         for planned in plan.outputs:
             for code, message in planned.warnings:
                 progress.warn(code, message)
+    gates = parse_gates(recipe.gates)
+    check_gates_can_decide(plans, gates)
     if dry_run:
         terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs, again))
         return
     results: list[Any] = []
     data: dict[str, Any] = {}
-    measure: Any = None
+    measurer: Any = None
     for plan, paths in jobs:
         terminal.note(
             f"{checkpoint.name}: {plan.method.name}, {plan.scheme}, {len(plan.linears)} linears, "
@@ -269,10 +283,14 @@ def _plan_and_run(
         if not data:
             data = _calibration(plan, statistics, progress)
         if not results:  # the text is tokenized once for all passes
-            measure = _measurement(checkpoint, recipe, settings, progress)
-        result = run_plan(plan, paths, settings, progress, measure=measure, **data)
+            measurer = measurer_of(checkpoint, recipe, gates, settings.device, progress)
+        result = run_plan(plan, paths, settings, progress, measurer=measurer, **data)
         results.append((result, paths))
     terminal.result(run_result(results, progress.warnings), run_table(results))
+    failure = gate_error([x for result, _ in results for m in result.measured for x in m.outcomes])
+    if failure is not None:
+        terminal.error(failure)
+        raise typer.Exit(failure.exit_code)
 
 
 def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str, Any]:
@@ -298,45 +316,3 @@ def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str,
     if not plan.calibrated:
         return {}
     return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}
-
-
-def _weights(directory: Path) -> Path:
-    """Return what opens a result: its directory, or the GGUF file (the first part) in it."""
-    return next(iter(sorted(directory.glob("*.gguf"))), directory)
-
-
-def _measurement(checkpoint: Any, recipe: Recipe, settings: Any, progress: Any) -> Any:
-    """Return a function that measures finished directories against the original, if asked to."""
-    section = recipe.eval
-    if not section.metrics:
-        return None
-    from qtool.calibration.datasets import parse_dataset
-    from qtool.calibration.tokens import evaluation_windows
-    from qtool.checkpoint.locate import locate
-    from qtool.cli.calibration_data import load_tokenizer
-    from qtool.evaluation.llama_cpp import check_installed
-    from qtool.pipeline.evaluate import evaluate, metrics_of
-
-    windows = evaluation_windows(
-        load_tokenizer(checkpoint),
-        parse_dataset(section.data),
-        length=section.context,
-        limit=section.windows,
-    )
-
-    def measure(directories: list[Path]) -> list[dict[str, Any]]:
-        # Their directories still have hidden names.
-        models = [
-            replace(locate(str(_weights(path)), gguf=True), name="the result")
-            for path in directories
-        ]
-        if any(model.gguf for model in models):
-            try:
-                check_installed()
-            except UnsupportedError as error:
-                progress.warn("not_measured", f"{error.message}; {error.hint}")
-                return []
-        found = evaluate(models, checkpoint, windows, settings.device, progress)
-        return [metrics_of(result) for result in found]
-
-    return measure

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qtool.checkpoint.untrusted import printable
 from qtool.console import printable_line
+from qtool.evaluation.gates import gate_error, gate_json, shown_outcome
 from qtool.pipeline.artifact import calibration_of, environment, resources_of
 from qtool.pipeline.gguf_output import PlannedGguf
 from qtool.pipeline.outputs import PlannedOutput
@@ -117,6 +118,8 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
 def run_result(finished: list[Finished], warnings: list[tuple[str, str]]) -> dict[str, Any]:
     """Return the JSON object of a finished run."""
     first = finished[0][0]
+    outcomes = [x for result, _ in finished for m in result.measured for x in m.outcomes]
+    failure = gate_error(outcomes)
     artifacts = [
         {
             "format": output.name,
@@ -135,14 +138,16 @@ def run_result(finished: list[Finished], warnings: list[tuple[str, str]]) -> dic
     resources["seconds"] = sum(result.seconds for result, _ in finished)
     return {
         **_head(first.plan),
+        "ok": failure is None,
+        "exit_code": 0 if failure is None else failure.exit_code,
         "calibration": calibration_of(first),
         "artifacts": artifacts,
         "metrics": first.metrics[0] if first.metrics else {},
-        "gates": [],
+        "gates": [gate_json(outcome) for outcome in outcomes],
         "resources": resources,
         "environment": environment(),
         "warnings": [{"code": code, "message": message} for code, message in warnings],
-        "error": None,
+        "error": None if failure is None else failure.as_json(),
     }
 
 
@@ -164,6 +169,8 @@ def run_table(finished: list[Finished]) -> RenderableType:
             facts.append(("bits per weight", f"{plan.bits_per_weight:.3f} with scales"))
         for metrics in result.metrics[:1]:
             facts += _metric_facts(metrics)
+        for measured in result.measured:
+            facts += [("gate", shown_outcome(outcome)) for outcome in measured.outcomes]
     first, paths = finished[0]
     peak = max(result.peak_ram_bytes for result, _ in finished)
     ram, vram = shown_size(peak), shown_size(first.peak_vram_bytes)

@@ -9,7 +9,8 @@ from typing import Any
 from qtool.calibration.datasets import to_recipe
 from qtool.checkpoint.locate import Checkpoint
 from qtool.cli.calibration_data import dataset_specs
-from qtool.errors import UnsupportedError, UsageError
+from qtool.errors import UsageError
+from qtool.evaluation.gates import parse_gates
 from qtool.recipe.load import apply_overrides, parse_recipe, read_mapping
 from qtool.recipe.rules import parse_ignore, parse_override
 from qtool.recipe.schema import Recipe, resolved
@@ -51,7 +52,6 @@ def build_recipe(
 
     Raises:
         UsageError: no model, or something that does not fit the schema.
-        UnsupportedError: the recipe asks for what this version does not do.
     """
     data: dict[str, Any] = {"version": 1} if file is None else read_mapping(file)
     if model is not None:
@@ -67,15 +67,18 @@ def build_recipe(
     _apply_flags(data, flags)
     data = apply_overrides(data, settings)
     recipe = parse_recipe(data, "command line")
-    if "flips" in recipe.eval.metrics:
-        raise UnsupportedError(
-            "this version of qtool does not measure flips", "remove it from eval.metrics"
-        )
-    if recipe.gates:
-        raise UnsupportedError(
-            "this version of qtool does not carry out gates", "remove gates: from the recipe"
-        )
+    _check_gates(recipe)
     return resolved(recipe)
+
+
+def _check_gates(recipe: Recipe) -> None:
+    """Refuse gates that nothing could be held against."""
+    for gate in parse_gates(recipe.gates):
+        if gate.measure.metric and not recipe.eval.metrics:
+            raise UsageError(
+                f"gate '{gate.expression}' needs a figure, but nothing is to be measured",
+                "leave out --eval none, or eval.metrics: [] in the recipe",
+            )
 
 
 def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
@@ -93,6 +96,8 @@ def _apply_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> None:
         data["seed"] = flags["seed"]
     if flags.get("revision") is not None:
         data["model"]["revision"] = flags["revision"]
+    if flags.get("gates"):
+        data["gates"] = [*flags["gates"], *(data.get("gates") or [])]
     if flags.get("max_shard_size") is not None:
         data["max_shard_size"] = flags["max_shard_size"]
     _apply_evaluation(data, flags.get("evaluation"))

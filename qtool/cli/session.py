@@ -101,12 +101,7 @@ def error_object(command: str, error: QtoolError) -> dict[str, Any]:
         "schema": f"qtool.{command}/1",
         "ok": False,
         "exit_code": error.exit_code,
-        "error": {
-            "code": error.code,
-            "message": error.message,
-            "hint": error.hint,
-            "resumable": error.resumable,
-        },
+        "error": error.as_json(),
     }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qtool import __version__
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.shards import file_digest
+from qtool.evaluation.gates import gate_json
 from qtool.json_text import json_text
 from qtool.pipeline.card import model_card
 from qtool.pipeline.outputs import PlannedOutput
@@ -91,11 +92,19 @@ def report_of(result: QuantizeResult, index: int, digests: Mapping[str, str]) ->
         },
         "calibration": calibration_of(result) if windows is not None else None,
         "metrics": dict(result.metrics[index]) if result.metrics else None,
+        "gates": gates_of(result, index),
         "layers": [asdict(layer) for layer in result.layers],
         "resources": resources_of(result),
         "environment": environment(),
         "files": dict(digests),
     }
+
+
+def gates_of(result: QuantizeResult, index: int) -> list[dict[str, Any]]:
+    """Return what became of the gates on output `index`, in the terms of the JSON contract."""
+    if not result.measured:
+        return []
+    return [gate_json(outcome) for outcome in result.measured[index].outcomes]
 
 
 def calibration_of(result: QuantizeResult) -> dict[str, Any]:

@@ -57,9 +57,18 @@ class PlannedDirectory:
         return self.shards.n_bytes
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.shards.tensor_bytes
+
+    @property
     def n_files(self) -> int:
         """How many weight files there are."""
         return len(self.shards.shards)
+
+    def opened_at(self, destination: Path) -> Path:
+        """Return the directory itself."""
+        return destination
 
     def noted(self, note: CalibrationNote | None) -> PlannedDirectory:
         """Return the output as it is: the recipe and the card beside it say more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from qtool.errors import UnsupportedError, UsageError
 from qtool.evaluation.buckets import PositionBucket, by_position
 from qtool.evaluation.divergence import Comparison, compared, second_half_perplexity
 from qtool.evaluation.domains import DomainScores, DomainWindows, by_domain
-from qtool.evaluation.metrics_json import DEFAULT_METRICS, metrics_json
+from qtool.evaluation.metrics_json import metrics_json
 from qtool.evaluation.perplexity import Estimate, perplexity
 from qtool.evaluation.rows import ReferenceRows
 from qtool.evaluation.runners import Runner
@@ -255,22 +255,17 @@ def _check_vocabulary(checkpoint: Checkpoint, windows: Windows) -> None:
         )
 
 
-def metrics_of(result: Evaluated, names: Collection[str] | None = None) -> dict[str, Any]:
-    """Return a result's figures in the terms of the JSON contract.
+def metrics_of(result: Evaluated, names: Collection[str]) -> dict[str, Any]:
+    """Return a result's figures in the terms of the JSON contract; `names` are of METRICS."""
+    return metrics_json(result.perplexity, result.llama_cpp, result.comparison, names)
 
-    Args:
-        result: of one model.
-        names: members of `METRICS`; None for what `quantize` puts in its report: without the
-            errors of quantiles, and llama.cpp's rule for its own files only.
-    """
-    if names is not None:
-        return metrics_json(result.perplexity, result.llama_cpp, result.comparison, names)
-    brief = {*DEFAULT_METRICS, *(("ppl_llama_cpp",) if result.checkpoint.gguf else ())}
-    found = metrics_json(result.perplexity, result.llama_cpp, result.comparison, brief)
-    for name, keys in BRIEF.items():
-        if name in found:
-            found[name] = {key: found[name][key] for key in keys if key in found[name]}
-    return found
+
+def brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `quantize` keeps of the figures: without the errors of quantiles and ratios."""
+    return {
+        name: {key: value for key, value in figures.items() if key in BRIEF.get(name, figures)}
+        for name, figures in metrics.items()
+    }
 
 
 # What `quantize` keeps of each.

@@ -79,6 +79,11 @@ class PlannedGguf:
         return self.layout.n_bytes
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.layout.tensor_bytes
+
+    @property
     def n_files(self) -> int:
         """How many files there are."""
         return len(self.layout.files)

@@ -65,6 +65,10 @@ class PlannedOutput(Protocol):
         """Bytes of all weight files."""
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as `eval` counts the size of a model."""
+
+    @property
     def n_files(self) -> int:
         """How many weight files there are."""
 
@@ -79,6 +83,9 @@ class PlannedOutput(Protocol):
     @property
     def warnings(self) -> tuple[tuple[str, str], ...]:
         """(code, message) of what the user should know before anything starts."""
+
+    def opened_at(self, destination: Path) -> Path:
+        """Return what opens the result that is written to `destination`."""
 
     def noted(self, note: CalibrationNote | None) -> PlannedOutput:
         """Return the output with what its file says of the calibration text, if it says that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from qtool.pipeline.blocks import (
 from qtool.pipeline.calibrate import OUTPUT, head_inputs
 from qtool.pipeline.gguf_output import PlannedGguf
 from qtool.pipeline.linears import STORED_DTYPES
+from qtool.pipeline.measurement import Measurement, Measurer
 from qtool.pipeline.outputs import CalibrationNote, OutputWriter
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport, Progress
@@ -51,14 +52,16 @@ class QuantizeResult:
     peak_vram_bytes: int
     device: str
     from_statistics: bool = False  # instead of windows
-    metrics: tuple[Mapping[str, Any], ...] = ()  # per output, where it was measured
+    measured: tuple[Measurement, ...] = ()  # per output, where it was asked for
+
+    @property
+    def metrics(self) -> tuple[Mapping[str, Any], ...]:
+        """The figures of each output; empty where none were measured."""
+        return tuple(found.metrics for found in self.measured if found.metrics)
 
 
 # What stands for a file where statistics never were in one.
 INLINE_STATISTICS = "(taken while quantizing)"
-
-# Measures finished directories against the original; gives one mapping of metrics each.
-Measure = Callable[[list[Path]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def run_plan(
     *,
     windows: Windows | None = None,
     statistics: Mapping[int, Mapping[str, Moments]] | None = None,
-    measure: Measure | None = None,
+    measurer: Measurer | None = None,
     note: CalibrationNote | None = None,
     importance: Mapping[str, Tensor] | None = None,
 ) -> QuantizeResult:
@@ -97,7 +100,7 @@ def run_plan(
         progress: told what happens.
         windows: calibration tokens; needed by a calibrated plan without statistics.
         statistics: block -> tap -> moments from a file, for methods without a Hessian.
-        measure: asked about the complete directories before they get their names.
+        measurer: asked about the complete outputs before they get their names.
         note: what a file says of the statistics; made from the windows where there are some.
         importance: llama.cpp's tensor name -> [C], of matrices outside of blocks.
 
@@ -143,13 +146,22 @@ def run_plan(
             output.verify(plan, partial)
         result = _result(plan, directories, digests, layers, windows, started, settings)
         result = replace(result, from_statistics=statistics is not None)
-        if measure is not None:
-            result = replace(result, metrics=tuple(measure(partials)))
+        if measurer is not None:
+            result = replace(result, measured=_measured(plan, measurer, partials, destinations))
         for index, partial in enumerate(partials):
             write_records(result, index, partial, digests[index])
         for directory in directories:
             directory.commit()
     return result
+
+
+def _measured(
+    plan: Plan, measurer: Measurer, partials: Sequence[Path], destinations: Sequence[Path]
+) -> tuple[Measurement, ...]:
+    return measurer.measure(
+        [x.opened_at(path) for x, path in zip(plan.outputs, partials, strict=True)],
+        [x.opened_at(path) for x, path in zip(plan.outputs, destinations, strict=True)],
+    )
 
 
 def _result(

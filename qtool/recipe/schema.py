@@ -32,7 +32,12 @@ UNCALIBRATED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q6_K"})
 PER_CHANNEL = -1  # group_size: one scale for each output row
 PER_TENSOR = 0  # group_size: one scale for the whole matrix
 
-_GATE = re.compile(r"[a-z][a-z0-9_.]*\s*(<=|>=|<|>)\s*-?(\d+\.?\d*|\.\d+)(e-?\d+)?", re.I)
+# What each name may be compared with is told when the figures are known: `evaluation.gates`.
+_GATE = re.compile(
+    r"[a-z][a-z0-9_.:-]*\s*"
+    r"(==\s*same|(<=|>=|<|>)\s*-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*(%|[kmgt]?i?b?))",
+    re.IGNORECASE,
+)
 
 
 class Section(BaseModel):
@@ -208,7 +213,7 @@ class Recipe(Section):
     rules: Many[Rule] = ()
     export: Many[Export] = ()  # empty: one output in the method's own format
     eval: Evaluation = Evaluation()
-    gates: Many[str] = ()
+    gates: Many[str] = ()  # conditions on the result, such as kld<=0.05: exit code 3 if one fails
     output: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     max_shard_size: str = "5GB"
@@ -218,7 +223,7 @@ class Recipe(Section):
     def _comparisons(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for gate in value:
             if not _GATE.fullmatch(gate.strip()):
-                raise ValueError(f"comparisons such as kld<=0.05, not '{gate}'")
+                raise ValueError(f"comparisons such as kld<=0.05 or size<=5GB, not '{gate}'")
         return value
 
     @field_validator("max_shard_size")

@@ -142,8 +142,20 @@ def test_a_model_that_is_quantized_already_is_refused(here, packed, qtool):
     assert_refused(qtool("quantize", packed["gptq"]), 5, "already quantized")
 
 
-def test_gates_are_refused_rather_than_ignored(here, qtool):
-    assert_refused(qtool(*QUANTIZE, "--set", "gates=['kld<=0.1']"), 5, "gates")
+GATES = {
+    "a figure that nothing measures": (("--gate", "kld<=1", "--eval", "none"), 2, "'kld<=1'"),
+    "an unknown figure": (("--gate", "speed>=9"), 2, "'speed'", "kld_p99"),
+    "an unknown figure in a recipe": (("--set", "gates=['speed>=9']"), 2, "'speed'"),
+    "no condition in a recipe": (("--set", "gates=['good']"), 2, "'gates'", "kld<=0.05"),
+    "a size that the plan exceeds": (("--gate", "size<=10kB"), 3, "planned gptq", "nothing was"),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_gates_that_cannot_be_met_or_held_are_refused_before_any_work(here, qtool, case):
+    flags, code, *words = GATES[case]
+    assert_refused(qtool(*QUANTIZE, *flags), code, *words)
+    assert [path.name for path in here.iterdir()] == ["model"]
 
 
 def test_what_is_wrong_in_a_recipe_is_said_of_the_file_and_the_rest_of_the_command_line(
