@@ -156,6 +156,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
         self._total = 0
         self._done = 0
+        self._first = 0  # steps that were done before the phase began
         self._title = ""
         self._started = 0.0
         self._width = 0  # of a drawn line without the linear at its end
@@ -163,9 +164,9 @@ class TerminalProgress:
         self._told = False  # whether this phase printed lines of its own
         self.warnings: list[tuple[str, str]] = []
 
-    def start(self, title: str, total: int) -> None:
-        """Begin a phase of `total` steps."""
-        self._title, self._total, self._done = title, total, 0
+    def start(self, title: str, total: int, *, done: int = 0) -> None:
+        """Begin a phase of `total` steps, the first of which may be `done`."""
+        self._title, self._total, self._done, self._first = title, total, done, done
         self._started = time.monotonic()
         self._block, self._told = [], False
         if not self._shown or not self._terminal.err.is_terminal:
@@ -193,7 +194,9 @@ class TerminalProgress:
         self._width = len(
             f"{title} {BAR_WIDTH * ' '} block {total} of {total} 0:00:00 left 0:00:00 "
         )
-        self._task = self._bars.add_task(title, total=total, block=1, detail="")
+        self._task = self._bars.add_task(
+            title, total=total, completed=done, block=min(done + 1, total), detail=""
+        )
 
     def layer(self, report: LayerReport) -> None:
         """Note one finished linear."""
@@ -216,7 +219,7 @@ class TerminalProgress:
 
     def _line(self, detail: str) -> str:
         elapsed = time.monotonic() - self._started
-        left = elapsed / self._done * (self._total - self._done)
+        left = elapsed / (self._done - self._first) * (self._total - self._done)
         parts = [f"{self._title}: {detail}"]
         ratios = [r.against_rtn for r in self._block if r.against_rtn is not None]
         errors = [r.relative_error for r in self._block]
@@ -225,6 +228,10 @@ class TerminalProgress:
         if ratios:
             parts.append(f"{sum(ratios) / len(ratios):.2f} x rtn")
         return ", ".join([*parts, f"{elapsed:.0f} s, {left:.0f} s left"])
+
+    def note(self, message: str) -> None:
+        """Show a line, unless quiet."""
+        self._terminal.note(message)
 
     def warn(self, code: str, message: str) -> None:
         """Show a warning and keep it for the result."""

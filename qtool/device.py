@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,23 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def kind(device: torch.device) -> str:
+    """Return what decides how sums are rounded: the GPU's name, or the CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def threads() -> int:
+    """Return how many threads share an operation on the CPU; sums may depend on it."""
+    return torch.get_num_threads()
+
+
+def use_threads(count: int) -> None:
+    """Share operations on the CPU among `count` threads."""
+    torch.set_num_threads(count)
 
 
 def describe(device: torch.device) -> str:

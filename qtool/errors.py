@@ -37,6 +37,13 @@ class QtoolError(Exception):
         }
 
 
+class InterruptionError(QtoolError):
+    """Ctrl-C, or a request to end."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
 class UsageError(QtoolError):
     """A flag, argument or recipe that cannot be carried out as written."""
 
@@ -56,6 +63,18 @@ class CapacityError(QtoolError):
 
     code = "does_not_fit"
     exit_code = 4
+
+
+# How torch words it; its own error type would have to be imported.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of Python or PyTorch, for host or device, means that memory is out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError | OSError) else ""
+    return any(words in said for words in NO_MEMORY)
 
 
 class UnsupportedError(QtoolError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qtool.checkpoint.output import write_error
 
 
 class HiddenStates:
@@ -50,6 +53,14 @@ class HiddenStates:
     def _mapped(self, batch: Tensor) -> Tensor:
         with tempfile.NamedTemporaryFile(dir=self._spill, delete=False) as file:
             name = file.name
+            try:
+                # Room is taken now: a full disk under a mapping would kill the process.
+                if hasattr(os, "posix_fallocate"):
+                    size = batch.numel() * batch.element_size()
+                    os.posix_fallocate(file.fileno(), 0, max(1, size))
+            except OSError as error:
+                Path(name).unlink(missing_ok=True)
+                raise write_error(self._spill, error) from error
         mapped = torch.from_file(name, shared=True, size=batch.numel(), dtype=batch.dtype)
         mapped.copy_(batch.reshape(-1))
         Path(name).unlink()  # the mapping keeps the bytes; nothing is left behind on a crash

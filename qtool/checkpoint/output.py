@@ -1,7 +1,7 @@
 """Give a result its name only when all of it is there.
 
-The work happens in a hidden sibling directory, so that the last step is one rename on one file
-system. Whoever looks sees the old result or the new one, never half of either.
+The work happens in a hidden sibling directory (`work_directory`), so that the last step is one
+rename on one file system. Whoever looks sees the old result or the new one, never half of either.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from qtool.checkpoint.gguf_split import model_stem
 from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.work_directory import WorkDirectory, sync
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 
 # What makes a directory look like a model, so that --overwrite may replace it.
@@ -33,15 +32,6 @@ def write_error(path: Path, error: OSError) -> QtoolError:
     if error.errno in FORBIDDEN:
         return UsageError(message, "choose another --output, one that you may write to")
     return DamagedError(message, "check the disk, or choose another --output", resumable=True)
-
-
-def sync(path: Path) -> None:
-    """Have the kernel put a file or directory on the disk before returning."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> Path:
@@ -71,7 +61,7 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
         names = [path.name for path in final.iterdir()]
     except OSError as error:
         raise write_error(final, error) from error
-    if not names:
+    if not names or WorkDirectory(final).pending():
         return final
     if not overwrite:
         raise UsageError(
@@ -111,34 +101,58 @@ def _refuse_overlap(final: Path, source: Path) -> None:
 class OutputDirectory:
     """A directory that comes into being whole or not at all; a context manager.
 
-    Entering yields a new empty directory beside the final one. `commit` gives it its name;
-    leaving without that removes it.
+    Entering yields the directory to write into, which lies hidden beside the final one and is
+    locked: it is empty, or with `resume` what an earlier run left. `commit` gives it its name;
+    leaving without that removes it, unless `keep` was called.
+
+    Args:
+        final: where the result shall be.
+        overwrite: whether a model there may be replaced.
+        sources: input files and directories, which the output may neither be, hold, nor lie in.
+        resume: whether to take over what an earlier run left.
+
+    Raises:
+        UsageError: what is there is in the way.
     """
 
     def __init__(
-        self, final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+        self,
+        final: Path,
+        *,
+        overwrite: bool = False,
+        sources: Sequence[Path] = (),
+        resume: bool = False,
     ) -> None:
-        self.final = check_output(final, overwrite=overwrite, sources=sources)
         self._overwrite = overwrite
         self._sources = tuple(sources)
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
-        self._created_parents: list[Path] = []
+        self._resume = resume
+        self._kept = False
+        self.final = self._checked(final)
+        self.work = WorkDirectory(self.final)
+
+    def _checked(self, final: Path) -> Path:
+        return check_output(final, overwrite=self._overwrite, sources=self._sources)
+
+    @property
+    def partial(self) -> Path:
+        """The directory to write into."""
+        return self.work.result
 
     def __enter__(self) -> Path:
-        parent = self.final.parent
-        missing = [path for path in (parent, *parent.parents) if not path.exists()]
         with contextlib.ExitStack() as undo:  # an interrupt between two steps too
             undo.callback(self._clean_up)
             try:
-                for path in reversed(missing):
-                    path.mkdir()
-                    self._created_parents.append(path)
-                if self.partial.exists():  # left by a killed process whose number we now have
-                    shutil.rmtree(self.partial)
-                self.partial.mkdir()
+                self.work.open()
+                self._kept = True  # what was there before is not ours to lose yet
+                self.work.recover()
+                if not self._resume:
+                    self.work.empty()
+                self._kept = self._resume
+                self.partial.mkdir(exist_ok=True)
             except OSError as error:
-                raise write_error(self.partial, error) from error
+                raise write_error(self.work.path, error) from error
             undo.pop_all()
+        self._kept = False
         return self.partial
 
     def __exit__(
@@ -149,6 +163,10 @@ class OutputDirectory:
     ) -> None:
         self._clean_up()
 
+    def keep(self) -> None:
+        """Leave what there is for a later run."""
+        self._kept = True
+
     def commit(self) -> Path:
         """Put every file on the disk and give the directory its final name; return that.
 
@@ -156,38 +174,27 @@ class OutputDirectory:
             UsageError: something else appeared under the name meanwhile.
             CapacityError: the disk is full.
         """
-        check_output(self.final, overwrite=self._overwrite, sources=self._sources)
-        try:
-            for path in sorted(self.partial.rglob("*")):
-                sync(path)
-            sync(self.partial)
-            self._rename()
-            sync(self.final.parent)
-        except OSError as error:
-            raise write_error(self.final, error) from error
-        self._created_parents.clear()
+        return commit_all([self])[0]
+
+    def settle(self) -> None:
+        """Put every file on the disk, for good."""
+        for path in sorted(self.partial.rglob("*")):
+            sync(path)
+        sync(self.partial)
+
+    def names(self) -> dict[str, Path]:
+        """Return each name beside the work directory, in order -> what of the result gets it."""
+        return {self.final.name: self.partial}
+
+    def give(self) -> Path:
+        """Give the result its name; return what opens it."""
+        self._checked(self.final)
+        self.work.give(self.final.name)
+        sync(self.final.parent)
         return self.final
 
-    def _rename(self) -> None:
-        """Put the new directory in the old one's place; on failure the old one stays."""
-        if not self.final.exists() or not any(self.final.iterdir()):
-            self.partial.rename(self.final)  # atomic, over an empty directory too
-            return
-        aside = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
-        self.final.rename(aside)
-        try:
-            self.partial.rename(self.final)
-        except OSError:
-            aside.rename(self.final)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
     def _clean_up(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        for path in reversed(self._created_parents):
-            with contextlib.suppress(OSError):  # somebody else put something there
-                path.rmdir()
-        self._created_parents.clear()
+        self.work.close(keep=self._kept)
 
 
 class OutputFile(OutputDirectory):
@@ -200,40 +207,63 @@ class OutputFile(OutputDirectory):
 
     COMPANIONS = ("Modelfile", "qtool-recipe.yaml", "qtool-report.json")
 
-    def __init__(
-        self, final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
-    ) -> None:
-        self.final = check_output_file(final, overwrite=overwrite, sources=sources)
-        self._overwrite = overwrite
-        self._sources = tuple(sources)
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
-        self._created_parents = []
+    def _checked(self, final: Path) -> Path:
+        return check_output_file(final, overwrite=self._overwrite, sources=self._sources)
 
-    def commit(self) -> Path:
-        """Put every file on the disk and give it its final name; return that.
-
-        Raises:
-            UsageError: something else appeared under the name meanwhile.
-            CapacityError: the disk is full.
-        """
-        check_output_file(self.final, overwrite=self._overwrite, sources=self._sources)
+    def names(self) -> dict[str, Path]:
+        """Return each name beside the work directory, in order -> what of the result gets it."""
         stem = self.final.stem
-        parts = sorted(self.partial.glob("*.gguf"))
         others = [self.partial / name for name in self.COMPANIONS]
+        found = {f"{stem}.{path.name}": path for path in others if path.exists()}
+        # Programs load a model by its first part: it appears when the others are there.
+        return found | {path.name: path for path in reversed(self._parts())}
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.partial.glob("*.gguf"))
+
+    def give(self) -> Path:
+        """Give every file its name; return what opens the result."""
+        self._checked(self.final)
+        parts = self._parts()
         replaced = {*_parts_of(self.final), self.final}
-        try:
-            # Programs load a model by its first part: it appears when the others are there.
-            for path in [*(p for p in others if p.exists()), *reversed(parts)]:
-                sync(path)
-                name = path.name if path in parts else f"{stem}.{path.name}"
-                path.rename(self.final.with_name(name))
-            for path in replaced - {self.final.with_name(part.name) for part in parts}:
-                path.unlink(missing_ok=True)  # else two models would share the name
-            sync(self.final.parent)
-        except OSError as error:
-            raise write_error(self.final, error) from error
-        self._created_parents.clear()
+        for name, path in self.names().items():
+            path.rename(self.final.with_name(name))
+        for path in replaced - {self.final.with_name(part.name) for part in parts}:
+            path.unlink(missing_ok=True)  # else two models would share the name
+        sync(self.final.parent)
         return self.final.with_name(parts[0].name)
+
+
+def commit_all(places: Sequence[OutputDirectory]) -> list[Path]:
+    """Give the results of one run their names, all of them or none; return what opens each.
+
+    A process that is killed meanwhile leaves enough behind for the next to see how far it came.
+
+    Raises:
+        UsageError: something else appeared under a name meanwhile.
+        CapacityError: the disk is full.
+    """
+    found: list[Path] = []
+    place = places[0]
+    try:
+        for place in places:
+            place.settle()
+        # The first's marker comes last and goes first: with it the run is finished, or not.
+        for place in reversed(places):
+            inodes = {name: path.lstat().st_ino for name, path in place.names().items()}
+            place.work.mark(places[0].work, inodes)
+        for place in places:
+            found.append(place.give())
+    except (OSError, QtoolError, KeyboardInterrupt) as error:
+        for given in places:
+            for name in given.work.pending():
+                given.work.take_back(name)
+        if isinstance(error, OSError):
+            raise write_error(place.final, error) from error
+        raise
+    for place in places:
+        place.work.close(keep=False)
+    return found
 
 
 def check_output_file(
@@ -256,7 +286,7 @@ def check_output_file(
         raise UsageError(f"the output {shown} is a directory", "choose another --output")
     # Somebody may have edited a Modelfile.
     taken = [path for path in (*parts, final, final.with_suffix(".Modelfile")) if path.exists()]
-    if taken and not overwrite:
+    if taken and not overwrite and not WorkDirectory(final).pending():
         raise UsageError(
             f"the output {shown if taken[0] == final else shown_path(taken[0])} exists",
             "choose another --output, or replace it with --overwrite",
@@ -270,7 +300,7 @@ def _parts_of(final: Path) -> list[Path]:
 
 
 def output_place(
-    final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+    final: Path, *, overwrite: bool = False, sources: Sequence[Path] = (), resume: bool = False
 ) -> OutputDirectory:
     """Return the place of a result: a file where the name ends in .gguf, else a directory.
 
@@ -282,4 +312,4 @@ def output_place(
             f"the output {shown_path(final)} ends in {final.suffix}", "write .gguf in small letters"
         )
     kind = OutputFile if final.suffix == ".gguf" else OutputDirectory
-    return kind(final, overwrite=overwrite, sources=sources)
+    return kind(final, overwrite=overwrite, sources=sources, resume=resume)

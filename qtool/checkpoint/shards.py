@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from qtool.checkpoint.header import DTYPE_BYTES, INDEX_FILE, LENGTH_BYTES, SINGLE_FILE, TensorRef
-from qtool.checkpoint.output import sync, write_error
+from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import CHUNK_BYTES, DTYPE_NAMES, TensorReader, tensor_bytes
+from qtool.checkpoint.untrusted import GET_AGAIN, open_regular, shown_path
+from qtool.checkpoint.work_directory import sync
+from qtool.errors import DamagedError
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 HEADER_ALIGNMENT = 8
@@ -168,19 +172,25 @@ class ShardWriter:
 
     A context manager: leaving it without an exception calls `close`.
 
+    Args:
+        plan: where everything goes.
+        directory: an existing one.
+        resume: take over what an earlier writer left under the same plan; see `adopt`.
+
     Raises:
         CapacityError: the disk is full.
         DamagedError: the disk failed.
     """
 
-    def __init__(self, plan: ShardPlan, directory: Path) -> None:
+    def __init__(self, plan: ShardPlan, directory: Path, *, resume: bool = False) -> None:
         self._plan = plan
         self._directory = directory
         self._missing = set(plan.tensors)
         for shard in plan.shards:
             path = directory / shard.file
             try:
-                with path.open("xb") as file:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if resume else os.O_EXCL)
+                with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
                     file.write(shard.header)
                     file.truncate(shard.n_bytes)
             except OSError as error:
@@ -202,6 +212,19 @@ class ShardWriter:
     def missing(self) -> frozenset[str]:
         """The names of tensors not written yet."""
         return frozenset(self._missing)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Count tensors as written that an earlier writer wrote."""
+        self._missing -= set(names)
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return the SHA-256 of the bytes of tensors as they are in the files now.
+
+        Raises:
+            DamagedError: they cannot be read.
+        """
+        places = map(self._plan.places.__getitem__, names)
+        return places_digest((self._directory / place.file, place) for place in places)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one CPU tensor to its place.
@@ -278,6 +301,26 @@ class ShardWriter:
         return {
             shard.file: file_digest(self._directory / shard.file) for shard in self._plan.shards
         }
+
+
+def places_digest(places: Iterable[tuple[Path, Place]]) -> str:
+    """Return the SHA-256 of the bytes at several places, one after the other, in hexadecimal.
+
+    Raises:
+        DamagedError: a file ends too early or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path, place in places:
+        with open_regular(path)[0] as file:
+            left = place.stop - place.start
+            file.seek(place.start)
+            while left:
+                chunk = file.read(min(CHUNK_BYTES, left))
+                if not chunk:
+                    raise DamagedError(f"{shown_path(path)} ends at byte {file.tell()}", GET_AGAIN)
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -73,6 +73,13 @@ Output = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Go on with what an interrupted run of the same command finished, or start over.",
+    ),
+]
 MaxRam = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(

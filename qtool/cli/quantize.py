@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -149,6 +150,7 @@ def quantize(
     revision: options.Revision = None,
     offline: options.Offline = False,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
@@ -204,6 +206,7 @@ def quantize(
             device=device,
             offline=offline,
             overwrite=overwrite,
+            resume=resume,
             max_ram=max_ram,
         )
 
@@ -236,18 +239,26 @@ def _plan_and_run(
     device: str,
     offline: bool,
     overwrite: bool,
+    resume: bool,
     max_ram: str | None,
     dry_run: bool,
 ) -> None:
     from qtool import device as devices
     from qtool.checkpoint.locate import locate
+    from qtool.checkpoint.output import commit_all
     from qtool.cli.quantize_measure import measurer_of
     from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
     from qtool.cli.recipe_flags import destinations
     from qtool.evaluation.gates import gate_error, parse_gates
     from qtool.pipeline.measurement import check_gates_can_decide
     from qtool.pipeline.plan import make_plans
-    from qtool.pipeline.quantize import RunSettings, check_outputs, run_plan
+    from qtool.pipeline.quantize import (
+        Calibration,
+        Completed,
+        RunSettings,
+        check_outputs,
+        completed,
+    )
     from qtool.recipe.sizes import parse_size
 
     checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
@@ -260,6 +271,7 @@ def _plan_and_run(
         device=devices.resolve(device),
         overwrite=overwrite,
         held_bytes=None if max_ram is None else parse_size(max_ram),
+        resume=resume,
     )
     check_outputs(list(places.values()), checkpoint, overwrite=overwrite, statistics=statistics)
     progress = terminal.progress()
@@ -272,20 +284,25 @@ def _plan_and_run(
     if dry_run:
         terminal.result(plan_result(jobs, progress.warnings), plan_table(jobs, again))
         return
-    results: list[Any] = []
-    data: dict[str, Any] = {}
+    calibration = Calibration()
     measurer: Any = None
-    for plan, paths in jobs:
-        terminal.note(
-            f"{checkpoint.name}: {plan.method.name}, {plan.scheme}, {len(plan.linears)} linears, "
-            f"{plan.bits_per_weight:.2f} bits per weight, on {devices.describe(settings.device)}"
-        )
-        if not data:
-            data = _calibration(plan, statistics, progress)
-        if not results:  # the text is tokenized once for all passes
-            measurer = measurer_of(checkpoint, recipe, gates, settings.device, progress)
-        result = run_plan(plan, paths, settings, progress, measurer=measurer, **data)
-        results.append((result, paths))
+    with contextlib.ExitStack() as stack:
+        finished: list[Completed] = []
+        for plan, paths in jobs:
+            terminal.note(
+                f"{checkpoint.name}: {plan.method.name}, {plan.scheme}, {len(plan.linears)} "
+                f"linears, {plan.bits_per_weight:.2f} bits per weight, on "
+                f"{devices.describe(settings.device)}"
+            )
+            if calibration.empty:
+                calibration = _calibration(plan, statistics, progress)
+            if not finished:  # the text is tokenized once for all passes
+                measurer = measurer_of(checkpoint, recipe, gates, settings.device, progress)
+            run = completed(plan, paths, settings, progress, calibration, measurer)
+            finished.append(stack.enter_context(run))
+        # All at once: until then every part of the work can be gone on with.
+        commit_all([place for done in finished for place in done.places])
+    results = [(done.result, paths) for done, (_, paths) in zip(finished, jobs, strict=True)]
     terminal.result(run_result(results, progress.warnings), run_table(results))
     failure = gate_error([x for result, _ in results for m in result.measured for x in m.outcomes])
     if failure is not None:
@@ -293,11 +310,12 @@ def _plan_and_run(
         raise typer.Exit(failure.exit_code)
 
 
-def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str, Any]:
-    """Return the windows or statistics that a plan needs, as arguments of `run_plan`."""
+def _calibration(plan: Any, statistics: Path | None, progress: Any) -> Any:
+    """Return the windows or statistics that a plan needs."""
     from qtool.cli.calibration_data import calibration_windows
     from qtool.pipeline.calibrate import statistics_for
     from qtool.pipeline.outputs import CalibrationNote
+    from qtool.pipeline.quantize import Calibration
 
     if statistics is not None:
         if plan.rounding.needs:
@@ -312,7 +330,7 @@ def _calibration(plan: Any, statistics: Path | None, progress: Any) -> dict[str,
         note = CalibrationNote(statistics.name, found.datasets, found.windows, len(found.moments))
         head = found.importance("output.weight")
         importance = {} if head is None else {"output.weight": head}
-        return {"statistics": moments, "note": note, "importance": importance}
+        return Calibration(statistics=moments, file=statistics, note=note, importance=importance)
     if not plan.calibrated:
-        return {}
-    return {"windows": calibration_windows(plan.checkpoint, plan.recipe, progress)}
+        return Calibration()
+    return Calibration(calibration_windows(plan.checkpoint, plan.recipe, progress))

@@ -13,21 +13,7 @@ from typing import Any
 import typer
 
 from qtool.console import Terminal
-from qtool.errors import QtoolError
-
-
-class InterruptionError(QtoolError):
-    """Ctrl-C, or a request to end."""
-
-    code = "interrupted"
-    exit_code = 130
-
-    def __init__(self) -> None:
-        super().__init__(
-            "interrupted, nothing half-written was left behind",
-            "run the same command to start again",
-        )
-
+from qtool.errors import CapacityError, InterruptionError, QtoolError, is_out_of_memory
 
 COMMANDS = frozenset({"inspect", "estimate-memory", "quantize", "calibrate", "export", "eval"})
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
@@ -54,27 +40,21 @@ def session(
             terminal.close()  # before anything else is said
     except QtoolError as error:
         _fail(terminal, command, error)
-    except MemoryError as error:
-        _fail(terminal, command, _out_of_memory(error))
     except KeyboardInterrupt:
-        _fail(terminal, command, InterruptionError())
+        interruption = InterruptionError(
+            "interrupted, nothing half-written was left behind",
+            "run the same command to start again",
+        )
+        _fail(terminal, command, interruption)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where bugs become exit code 1
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail(terminal, command, _out_of_memory(error))
+        if is_out_of_memory(error):
+            advice = "use fewer or shorter windows, or a smaller --max-ram budget"
+            _fail(terminal, command, CapacityError("out of memory", advice))
         if verbose:
             terminal.err.print(traceback.format_exc(), markup=False)
         _fail(terminal, command, QtoolError(f"{type(error).__name__}: {error}", ISSUES))
-
-
-def _out_of_memory(error: BaseException) -> QtoolError:
-    from qtool.errors import CapacityError
-
-    del error
-    return CapacityError(
-        "out of memory", "use fewer or shorter windows, or a smaller --max-ram budget"
-    )
 
 
 def _fail(terminal: Terminal, command: str, error: QtoolError) -> None:

@@ -17,7 +17,14 @@ from qtool.checkpoint.reader import check_finite
 from qtool.grids.protocol import QuantizedTensor
 from qtool.model.family import Tap
 from qtool.model.skeleton import Skeleton, WeightSource, release
-from qtool.model.streaming import Stream, Twin, observe, visit_in_stages, visit_in_step
+from qtool.model.streaming import (
+    Stream,
+    Twin,
+    advance,
+    observe,
+    visit_in_stages,
+    visit_in_step,
+)
 from qtool.pipeline.linears import PlannedLinear
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport
@@ -99,6 +106,31 @@ class BlockQuantizer:
         linear_weights = {f"{x.path}.weight" for x in sum(by_tap.values(), ())}
         kept = transformed.changed - linear_weights
         return BlockResult({prefix + name: transformed.tensors[name] for name in kept})
+
+    @property
+    def streams(self) -> Mapping[str, HiddenStates]:
+        """The hidden states behind the last block, by name."""
+        found = {"hidden": self._stream.hidden}
+        return found if self._twin is None else {**found, "twin": self._twin}
+
+    def replay(self, index: int, replaced: Mapping[str, Tensor]) -> None:
+        """Lead the streams through a block that is quantized already, to the same bits.
+
+        Args:
+            index: of the block; in order, like `quantize`.
+            replaced: full name -> those of its tensors that differ from the checkpoint's.
+        """
+        skeleton, prefix = self._skeleton, self._skeleton.block_prefix(index)
+        working = copy.deepcopy(skeleton.blocks[index])
+        stored = skeleton.load(prefix.removesuffix("."), self._source)
+        own = {name.removeprefix(prefix): tensor for name, tensor in replaced.items()}
+        skeleton.assign(working, {**stored, **own})
+        advance(self._stream, self._stream.hidden, working, index)
+        if self._twin is not None:
+            advance(self._stream, self._twin, skeleton.blocks[index], index)
+        skeleton.drop(prefix.removesuffix("."))
+        release(working)
+        devices.return_free_memory()
 
     def _float_statistics(
         self, reference: nn.Module, index: int, taps: tuple[Tap, ...]

@@ -24,9 +24,10 @@ from qtool.calibration.statistics_file import (
 )
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import sync, write_error
+from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.work_directory import sync
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.conversion import is_tied

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.header import read_header
 from qtool.checkpoint.locate import locate
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader
@@ -57,6 +60,13 @@ class PlannedDirectory:
         return self.shards.n_bytes
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the headers and of what config.json says of the quantization."""
+        config = json.dumps(self.quantization_config, sort_keys=True).encode()
+        parts = [*(shard.header for shard in self.shards.shards), config]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         return self.shards.tensor_bytes
@@ -75,9 +85,9 @@ class PlannedDirectory:
         del note
         return self
 
-    def writer(self, plan: Plan, directory: Path) -> DirectoryWriter:
-        """Create the shards, empty, and return what fills them."""
-        return DirectoryWriter(self, plan, directory)
+    def writer(self, plan: Plan, directory: Path, *, resume: bool = False) -> DirectoryWriter:
+        """Create the shards, empty, or take over those there are; return what fills them."""
+        return DirectoryWriter(self, plan, directory, resume=resume)
 
     def write_companions(self, plan: Plan, directory: Path) -> tuple[str, ...]:
         """Write config.json, and the tokenizer and other small files of the model byte for byte.
@@ -126,24 +136,70 @@ class PlannedDirectory:
 class DirectoryWriter:
     """Packs finished linears into the shards of one directory."""
 
-    def __init__(self, output: PlannedDirectory, plan: Plan, directory: Path) -> None:
+    def __init__(
+        self, output: PlannedDirectory, plan: Plan, directory: Path, *, resume: bool = False
+    ) -> None:
         self._format = output.format
-        self._refs = plan.checkpoint.refs
-        self._shards = ShardWriter(output.shards, directory)
+        self._checkpoint = plan.checkpoint
+        self._config = {
+            **plan.checkpoint.config,
+            "quantization_config": dict(output.quantization_config),
+        }
+        self._directory = directory
+        self._files = [shard.file for shard in output.shards.shards]
+        self._shards = ShardWriter(output.shards, directory, resume=resume)
+        self._written: list[str] = []
 
     def write(self, name: str, quantized: QuantizedTensor) -> None:
         """Pack the linear of module path `name`."""
         for full, tensor in self._format.pack(name, quantized).items():
             self._shards.write(full, tensor)
+            self._written.append(full)
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""
         self._shards.write(name, tensor.cpu())
+        self._written.append(name)
+
+    def written(self) -> tuple[str, ...]:
+        """Return the stored tensors that were written since this was last asked."""
+        found, self._written = tuple(self._written), []
+        return found
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return the SHA-256 of the bytes of stored tensors, as they are in the files now.
+
+        Raises:
+            DamagedError: they cannot be read.
+        """
+        return self._shards.digest(names)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Count stored tensors as written, by an earlier run that this one continues."""
+        self._shards.adopt(names)
+
+    def stored(self, name: str, names: Collection[str]) -> Tensor | None:
+        """Return a rounded matrix of the checkpoint, dense, if the shards hold it yet."""
+        module = name.rpartition(".")[0]
+        packed = module in self._source.grids and name == f"{module}.weight"
+        there = packed and any(full.rpartition(".")[0] == module for full in names)
+        return self._source.read(name) if there else None
+
+    @cached_property
+    def _source(self) -> DenseSource:
+        refs = {
+            ref.name: ref for file in self._files for ref in read_header(self._directory / file)
+        }
+        packed = replace(self._checkpoint, refs=refs, config=self._config)
+        return DenseSource(packed, TensorReader(refs))
+
+    def release(self) -> None:
+        """Do nothing: no file stays open."""
 
     def finish(self, importance: Mapping[str, Tensor]) -> dict[str, str]:
         """Copy what is stored as it was, byte for byte, and close; return the files' SHA-256."""
         del importance
-        for name, ref in self._refs.items():
+        for name, ref in self._checkpoint.refs.items():
             if name in self._shards.missing:
                 self._shards.write_from(ref)
         self._shards.close()

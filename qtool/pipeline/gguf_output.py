@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.gguf_file import GgufPlan, GgufTensor, GgufWriter, plan_gguf
+from qtool.checkpoint.gguf_file import GgufPlan, GgufTensor, plan_gguf
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_values import Value, text, u32
+from qtool.checkpoint.gguf_writer import GgufWriter
+from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, tensor_bytes
@@ -22,8 +25,8 @@ from qtool.formats.modelfile import ollama_modelfile
 from qtool.formats.reading import DenseSource
 from qtool.grids.ggml import LAYOUTS
 from qtool.grids.protocol import QuantizedTensor
-from qtool.model.conversion import ConvertedTensor, row_order
-from qtool.pipeline.gguf_rows import encoded, packed, reads_back_finite, stored_rows
+from qtool.model.conversion import ConvertedTensor, row_order, source_order
+from qtool.pipeline.gguf_rows import encoded, gguf_rows, packed, reads_back_finite, stored_rows
 from qtool.pipeline.gguf_sources import DirectorySource, TensorSource
 from qtool.pipeline.outputs import CalibrationNote
 
@@ -79,6 +82,12 @@ class PlannedGguf:
         return self.layout.n_bytes
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the headers."""
+        headers = b"".join(file.header for file in self.layout.files)
+        return hashlib.sha256(headers).hexdigest()
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         return self.layout.tensor_bytes
@@ -121,9 +130,9 @@ class PlannedGguf:
             return self
         return replace(self, metadata={**self.metadata, **_note_keys(note)})
 
-    def writer(self, plan: Plan, directory: Path) -> GgufFileWriter:
-        """Create the file, empty, and return what fills it."""
-        return GgufFileWriter(self, plan.checkpoint, directory)
+    def writer(self, plan: Plan, directory: Path, *, resume: bool = False) -> GgufFileWriter:
+        """Create the file, empty, or take over the one there is; return what fills it."""
+        return GgufFileWriter(self, plan.checkpoint, directory, resume=resume)
 
     def write_companions(self, plan: Plan, directory: Path) -> tuple[str, ...]:
         """Write the Modelfile, if one is wanted; return what it could not say.
@@ -197,11 +206,16 @@ class GgufFileWriter:
         checkpoint: Checkpoint,
         directory: Path,
         importance: Mapping[str, Tensor] | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         self._by_source = {x.converted.source: x for x in output.tensors if x.converted.source}
         self._tensors = output.tensors
         self._checkpoint = checkpoint
-        self._file = GgufWriter(output.layout, directory)
+        self._directory = directory
+        self._file = GgufWriter(output.layout, directory, resume=resume)
+        self._layout = output.layout
+        self._written: list[str] = []
         self._importance = importance or {}
 
     def write(self, name: str, quantized: QuantizedTensor) -> None:
@@ -211,11 +225,51 @@ class GgufFileWriter:
             order = torch.as_tensor(row_order(quantized.shape[0], converted.permuted_heads))
             quantized = quantized.select_rows(order)
         self._file.write(converted.name, [tensor_bytes(packed(converted.name, quantized))])
+        self._written.append(converted.name)
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""
         planned = self._by_source[name]
         self._encode(planned, iter([stored_rows(planned.converted, tensor.cpu())]))
+        self._written.append(planned.converted.name)
+
+    def written(self) -> tuple[str, ...]:
+        """Return the stored tensors that were written since this was last asked."""
+        found, self._written = tuple(self._written), []
+        return found
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return the SHA-256 of the bytes of stored tensors, as they are in the file now.
+
+        Raises:
+            DamagedError: they cannot be read.
+        """
+        return self._file.digest(names)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Count stored tensors as written, by an earlier run that this one continues."""
+        self._file.adopt(names)
+
+    def stored(self, name: str, names: Collection[str]) -> Tensor | None:
+        """Return a rounded matrix of the checkpoint, dense, if the file holds it yet."""
+        planned = self._by_source.get(name)
+        if planned is None or planned.converted.name not in names:
+            return None
+        converted = planned.converted
+        place = self._layout.places[converted.name]
+        path = self._file.path(place.file)
+        ref = TensorRef(
+            converted.name, planned.kind, converted.shape, path, place.start, place.stop
+        )
+        found = torch.cat(list(gguf_rows(ref))).reshape(converted.shape)
+        if converted.permuted_heads:
+            order = source_order(found.shape[0], converted.permuted_heads)
+            found = found[torch.as_tensor(order)]
+        return found
+
+    def release(self) -> None:
+        """Close the file and leave it as it is."""
+        self._file.release()
 
     def finish(self, importance: Mapping[str, Tensor]) -> dict[str, str]:
         """Stream everything that is left from the checkpoint and close; return SHA-256s."""

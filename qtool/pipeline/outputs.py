@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -41,6 +41,33 @@ class OutputWriter(Protocol):
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote; `name` is the checkpoint's."""
 
+    def written(self) -> tuple[str, ...]:
+        """Return the stored tensors that were written since this was last asked."""
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return the SHA-256 of the bytes of stored tensors, as they are in the files now.
+
+        Raises:
+            DamagedError: they cannot be read.
+        """
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Count stored tensors as written, by an earlier run that this one continues."""
+
+    def stored(self, name: str, names: Collection[str]) -> Tensor | None:
+        """Return a rounded matrix of the checkpoint as this output holds it, dense, on the CPU.
+
+        Args:
+            name: the checkpoint's, such as `model.layers.0.mlp.up_proj.weight`.
+            names: stored tensors that are there.
+
+        Returns:
+            None where it is not rounded, or none of `names` belongs to it.
+        """
+
+    def release(self) -> None:
+        """Close what is open, and leave it as it is."""
+
     def finish(self, importance: Mapping[str, Tensor]) -> Mapping[str, str]:
         """Write everything that is left and close; return file name -> SHA-256.
 
@@ -63,6 +90,10 @@ class PlannedOutput(Protocol):
     @property
     def n_bytes(self) -> int:
         """Bytes of all weight files."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that is known of the files before a weight is."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -90,8 +121,11 @@ class PlannedOutput(Protocol):
     def noted(self, note: CalibrationNote | None) -> PlannedOutput:
         """Return the output with what its file says of the calibration text, if it says that."""
 
-    def writer(self, plan: Plan, directory: Path) -> OutputWriter:
-        """Create the files in `directory`, empty, and return what fills them."""
+    def writer(self, plan: Plan, directory: Path, *, resume: bool = False) -> OutputWriter:
+        """Create the files in `directory`, empty, and return what fills them.
+
+        With `resume`, files that an earlier run left under the same plan are taken over.
+        """
 
     def write_companions(self, plan: Plan, directory: Path) -> tuple[str, ...]:
         """Write the small files that belong beside the weights; return warnings."""

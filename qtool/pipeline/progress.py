@@ -38,14 +38,17 @@ class LayerReport:
 class Progress(Protocol):
     """Told what happens; all methods return at once."""
 
-    def start(self, title: str, total: int) -> None:
-        """Begin a phase of `total` steps (blocks, windows)."""
+    def start(self, title: str, total: int, *, done: int = 0) -> None:
+        """Begin a phase of `total` steps (blocks, windows), the first of which may be `done`."""
 
     def layer(self, report: LayerReport) -> None:
         """Note one finished linear."""
 
     def advance(self, detail: str) -> None:
         """Finish one step of the phase."""
+
+    def note(self, message: str) -> None:
+        """Say something that is no warning."""
 
     def warn(self, code: str, message: str) -> None:
         """Note something that the user should know."""
@@ -60,13 +63,16 @@ class Silent:
     def __init__(self) -> None:
         self.warnings: list[tuple[str, str]] = []
 
-    def start(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int, *, done: int = 0) -> None:
         """Do nothing."""
 
     def layer(self, report: LayerReport) -> None:
         """Do nothing."""
 
     def advance(self, detail: str) -> None:
+        """Do nothing."""
+
+    def note(self, message: str) -> None:
         """Do nothing."""
 
     def warn(self, code: str, message: str) -> None:

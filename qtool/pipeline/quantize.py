@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,30 @@ from qtool import device as devices
 from qtool.calibration.moments import Moments
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import OutputDirectory, output_place
+from qtool.checkpoint.output import OutputDirectory, commit_all, output_place
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
-from qtool.grids.protocol import QuantizedTensor
 from qtool.model.skeleton import Skeleton
 from qtool.model.streaming import Stream
 from qtool.pipeline.artifact import write_records
-from qtool.pipeline.blocks import (
-    BlockQuantizer,
-    Sinks,
-    quantize_block_without_data,
-)
+from qtool.pipeline.blocks import BlockQuantizer, quantize_block_without_data
 from qtool.pipeline.calibrate import OUTPUT, head_inputs
 from qtool.pipeline.gguf_output import PlannedGguf
+from qtool.pipeline.journal import JOURNAL
+from qtool.pipeline.ledger import Ledger
 from qtool.pipeline.linears import STORED_DTYPES
 from qtool.pipeline.measurement import Measurement, Measurer
 from qtool.pipeline.outputs import CalibrationNote, OutputWriter
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import LayerReport, Progress
+from qtool.pipeline.resuming import (
+    LeftForALaterRun,
+    check_space,
+    clear,
+    closing_writer,
+    opened_journal,
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,45 @@ class RunSettings:
         device: where to compute.
         overwrite: replace an existing model directory once the new one is complete.
         held_bytes: budget for activations held inside a block; None: a part of what is free.
+        resume: go on with what an interrupted run of the same plan finished.
     """
 
     device: torch.device
     overwrite: bool = False
     held_bytes: int | None = None
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What stands in for the model's inputs; at most one of the first two.
+
+    Args:
+        windows: tokens to run the model on.
+        statistics: block -> tap -> moments from a file, for methods without a Hessian.
+        file: that they come from.
+        note: what a GGUF says of them; made from the windows where there are some.
+        importance: llama.cpp's tensor name -> [C], of matrices outside of blocks.
+    """
+
+    windows: Windows | None = None
+    statistics: Mapping[int, Mapping[str, Moments]] | None = None
+    file: Path | None = None
+    note: CalibrationNote | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known of the inputs."""
+        return self.windows is None and self.statistics is None
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished, verified and measured run whose outputs have hidden names still."""
+
+    result: QuantizeResult
+    places: tuple[OutputDirectory, ...]
 
 
 def run_plan(
@@ -84,75 +121,89 @@ def run_plan(
     destinations: Sequence[Path],  # one per planned output
     settings: RunSettings,
     progress: Progress,
+    calibration: Calibration = Calibration(),
     *,
-    windows: Windows | None = None,
-    statistics: Mapping[int, Mapping[str, Moments]] | None = None,
     measurer: Measurer | None = None,
-    note: CalibrationNote | None = None,
-    importance: Mapping[str, Tensor] | None = None,
 ) -> QuantizeResult:
     """Carry a plan out and give each output directory its name when it is complete.
+
+    Raises:
+        As `completed`.
+    """
+    with completed(plan, destinations, settings, progress, calibration, measurer) as done:
+        commit_all(done.places)
+    return done.result
+
+
+@contextlib.contextmanager
+def completed(
+    plan: Plan,
+    destinations: Sequence[Path],
+    settings: RunSettings,
+    progress: Progress,
+    calibration: Calibration,
+    measurer: Measurer | None = None,
+) -> Iterator[Completed]:
+    """Carry a plan out; the outputs are to be given their names before the context is left.
+
+    Finished blocks are noted in a journal. What interrupts a run leaves them, and the same plan
+    goes on with them to the same bytes.
 
     Args:
         plan: from `make_plan`.
         destinations: final directories; must not exist, or be empty, unless `overwrite`.
         settings: device and limits.
         progress: told what happens.
-        windows: calibration tokens; needed by a calibrated plan without statistics.
-        statistics: block -> tap -> moments from a file, for methods without a Hessian.
+        calibration: needed by a calibrated plan.
         measurer: asked about the complete outputs before they get their names.
-        note: what a file says of the statistics; made from the windows where there are some.
-        importance: llama.cpp's tensor name -> [C], of matrices outside of blocks.
 
     Raises:
-        UsageError: an output is in the way, or calibration data is missing.
+        UsageError: an output is in the way, calibration data is missing, or an interrupted run with
+            other settings is there to be continued.
         NumericalError: weights or activations are not finite.
-        CapacityError: the disk is full.
+        CapacityError: the disk is full, or will be.
         DamagedError: the input is damaged, or what was written does not read back.
+        InterruptionError: by a signal, with finished blocks to go on with.
     """
-    if plan.calibrated and windows is None and statistics is None:
+    windows = calibration.windows
+    if plan.calibrated and calibration.empty:
         raise UsageError(f"{plan.method.name} needs calibration data", "give --dataset")
-    started = time.perf_counter()
+    note = calibration.note
     if windows is not None and plan.calibrated:
         note = _note(plan, windows)
     plan = _named_after(plan, destinations)
     plan = replace(plan, outputs=tuple(output.noted(note) for output in plan.outputs))
-    layers: list[LayerReport] = []
+    places = [
+        output_place(
+            path,
+            overwrite=settings.overwrite,
+            sources=[plan.checkpoint.path],
+            resume=settings.resume,
+        )
+        for path in destinations
+    ]
     with contextlib.ExitStack() as stack:
-        sources = [plan.checkpoint.path]
-        directories = [
-            output_place(path, overwrite=settings.overwrite, sources=sources)
-            for path in destinations
-        ]
-        partials = [stack.enter_context(directory) for directory in directories]
-        spill = partials[0] / ".activations"
-        spill.mkdir()
-        writers = [
-            output.writer(plan, path) for output, path in zip(plan.outputs, partials, strict=True)
-        ]
-        sinks = _sinks(writers, layers, progress)
-        with TensorReader(plan.checkpoint.refs) as reader:
-            source = DenseSource(plan.checkpoint, reader)
-            _check_kept(plan, reader)
-            found = _run_blocks(
-                plan, source, settings, progress, sinks, writers, spill, windows, statistics
-            )
-        spill.rmdir()
-        digests = [writer.finish({**(importance or {}), **found}) for writer in writers]
-        progress.finish()
-        for output, partial in zip(plan.outputs, partials, strict=True):
-            for warning in output.write_companions(plan, partial):
-                progress.warn("companion_file", warning)
-            output.verify(plan, partial)
-        result = _result(plan, directories, digests, layers, windows, started, settings)
-        result = replace(result, from_statistics=statistics is not None)
-        if measurer is not None:
-            result = replace(result, measured=_measured(plan, measurer, partials, destinations))
-        for index, partial in enumerate(partials):
-            write_records(result, index, partial, digests[index])
-        for directory in directories:
-            directory.commit()
-    return result
+        partials = [stack.enter_context(place) for place in places]
+        work = places[0].work.path
+        with LeftForALaterRun(places, work / JOURNAL, plan.n_blocks) as held:
+            held.journal = opened_journal(work / JOURNAL, plan, settings.device, calibration)
+            if not held.journal.blocks:
+                clear(partials)  # of a run that finished no block, perhaps another
+            check_space(plan, partials, windows, settings.device)
+            writers = [
+                stack.enter_context(closing_writer(output.writer(plan, path, resume=True)))
+                for output, path in zip(plan.outputs, partials, strict=True)
+            ]
+            ledger = Ledger(plan, held.journal, work / "states", writers, progress)
+            run = _Run(plan, settings, progress, calibration, ledger, work)
+            result = run.finished(partials, writers, places)
+            if measurer is not None:
+                found = _measured(plan, measurer, partials, destinations)
+                result = replace(result, measured=found)
+            for index, partial in enumerate(partials):
+                write_records(result, index, partial, result.digests[index])
+            held.complete = True
+            yield Completed(result, tuple(places))
 
 
 def _measured(
@@ -161,29 +212,6 @@ def _measured(
     return measurer.measure(
         [x.opened_at(path) for x, path in zip(plan.outputs, partials, strict=True)],
         [x.opened_at(path) for x, path in zip(plan.outputs, destinations, strict=True)],
-    )
-
-
-def _result(
-    plan: Plan,
-    directories: Sequence[OutputDirectory],
-    digests: Sequence[Mapping[str, str]],
-    layers: Sequence[LayerReport],
-    windows: Windows | None,
-    started: float,
-    settings: RunSettings,
-) -> QuantizeResult:
-    ram, vram = devices.peak_memory(settings.device)
-    return QuantizeResult(
-        plan=plan,
-        paths=tuple(d.final for d in directories),
-        digests=tuple(digests),
-        layers=tuple(layers),
-        windows=windows,
-        seconds=time.perf_counter() - started,
-        peak_ram_bytes=ram,
-        peak_vram_bytes=vram,
-        device=devices.describe(settings.device),
     )
 
 
@@ -221,25 +249,6 @@ def _note(plan: Plan, windows: Windows) -> CalibrationNote:
     return CalibrationNote(INLINE_STATISTICS, names, len(windows.ids), len(plan.linears))
 
 
-def _sinks(writers: Sequence[OutputWriter], layers: list[LayerReport], progress: Progress) -> Sinks:
-    def keep(name: str, quantized: QuantizedTensor) -> None:
-        held = quantized.cpu()
-        for writer in writers:
-            writer.write(name, held)
-
-    def note(report: LayerReport) -> None:
-        layers.append(report)
-        if report.damp_percent is not None and report.damp_raised:
-            progress.warn(
-                "damping_raised",
-                f"{report.name}: the Hessian needed damping {report.damp_percent:g}; "
-                "more calibration windows would help",
-            )
-        progress.layer(report)
-
-    return Sinks(keep, note)
-
-
 def _check_kept(plan: Plan, reader: TensorReader) -> None:
     """Refuse values that are not finite in what no block looks at: embeddings, norms, the head.
 
@@ -256,47 +265,101 @@ def _check_kept(plan: Plan, reader: TensorReader) -> None:
                 check_finite(name, reader.read(name))  # says where in the tensor
 
 
-@torch.no_grad()
-def _run_blocks(
-    plan: Plan,
-    source: DenseSource,
-    settings: RunSettings,
-    progress: Progress,
-    sinks: Sinks,
-    writers: Sequence[OutputWriter],
-    spill: Path,
-    windows: Windows | None,
-    statistics: Mapping[int, Mapping[str, Moments]] | None,
-) -> dict[str, Tensor]:
-    """Quantize block after block; return what the head reads, if that was seen and is wanted."""
-    streamed = plan.calibrated and statistics is None
-    skeleton = _skeleton(plan, settings.device) if plan.calibrated else None
-    quantizer: BlockQuantizer | None = None
-    progress.start("quantizing", plan.n_blocks)
-    if streamed and skeleton is not None and windows is not None:
-        stream = Stream(skeleton, source, windows.ids, spill, held_bytes=settings.held_bytes)
-        quantizer = BlockQuantizer(plan, skeleton, source, stream, sinks)
-    config: Any = None if skeleton is None else skeleton.config
-    for index in range(plan.n_blocks):
-        if quantizer is not None:
-            result = quantizer.quantize(index)
-        else:
+@dataclass(frozen=True)
+class _Run:
+    """One plan being carried out."""
+
+    plan: Plan
+    settings: RunSettings
+    progress: Progress
+    calibration: Calibration
+    ledger: Ledger
+    work: Path
+
+    def finished(
+        self,
+        partials: Sequence[Path],
+        writers: Sequence[OutputWriter],
+        places: Sequence[OutputDirectory],
+    ) -> QuantizeResult:
+        """Do everything that is not done yet, and read all of it back."""
+        plan, progress = self.plan, self.progress
+        with TensorReader(plan.checkpoint.refs) as reader:
+            _check_kept(plan, reader)
+            self.ledger.verify()
+            done = plan.n_blocks - len(self.ledger.missing)
+            if done:
+                progress.note(f"continuing: {done} of {plan.n_blocks} blocks are finished")
+            progress.start("quantizing", plan.n_blocks, done=done)
+            with torch.no_grad():
+                found = self._blocks(DenseSource(plan.checkpoint, reader))
+        self.ledger.adopt()
+        digests = [writer.finish({**self.calibration.importance, **found}) for writer in writers]
+        progress.finish()
+        for output, partial in zip(plan.outputs, partials, strict=True):
+            for warning in output.write_companions(plan, partial):
+                progress.warn("companion_file", warning)
+            output.verify(plan, partial)
+        ram, vram = devices.peak_memory(self.settings.device)
+        return QuantizeResult(
+            plan=plan,
+            paths=tuple(place.final for place in places),
+            digests=tuple(digests),
+            layers=self.ledger.layers,
+            windows=self.calibration.windows,
+            seconds=self.ledger.seconds,
+            peak_ram_bytes=ram,
+            peak_vram_bytes=vram,
+            device=devices.describe(self.settings.device),
+            from_statistics=self.calibration.statistics is not None,
+        )
+
+    def _blocks(self, source: DenseSource) -> dict[str, Tensor]:
+        """Quantize block after block; return what the head reads, if that is seen and wanted."""
+        plan, windows = self.plan, self.calibration.windows
+        streamed = plan.calibrated and self.calibration.statistics is None
+        weighs_head = streamed and any(output.weighs_head for output in plan.outputs)
+        if not self.ledger.missing and not weighs_head:
+            return {}
+        skeleton = _skeleton(plan, self.settings.device) if plan.calibrated else None
+        if not streamed or skeleton is None or windows is None:
+            self._blocks_by_themselves(source, None if skeleton is None else skeleton.config)
+            return {}
+        spill = self.work / "spill"
+        spill.mkdir(exist_ok=True)
+        held = self.settings.held_bytes
+        stream = Stream(skeleton, source, windows.ids, spill, held_bytes=held)
+        quantizer = BlockQuantizer(plan, skeleton, source, stream, self.ledger.sinks)
+        index = 0
+        while self.ledger.missing or weighs_head:
+            index = self.ledger.skip(index, quantizer.streams)
+            if index == plan.n_blocks:
+                break
+            replaced = self.ledger.replaced(index)
+            if replaced is not None:
+                quantizer.replay(index, replaced)
+            else:
+                result = quantizer.quantize(index)
+                self.ledger.note(index, result.changed, quantizer)
+                self.progress.advance(f"block {index + 1} of {plan.n_blocks}")
+            index += 1
+        return {OUTPUT: head_inputs(skeleton, source, stream).diagonal.cpu()} if weighs_head else {}
+
+    def _blocks_by_themselves(self, source: DenseSource, config: Any) -> None:
+        """Quantize the blocks that are missing, each from its weights and a file's statistics."""
+        statistics = self.calibration.statistics
+        for index in self.ledger.missing:
             result = quantize_block_without_data(
-                plan,
+                self.plan,
                 source,
                 index,
-                settings.device,
-                sinks,
+                self.settings.device,
+                self.ledger.sinks,
                 config=config,
                 statistics=None if statistics is None else statistics[index],
             )
-        for writer in writers:
-            for name, tensor in result.changed.items():
-                writer.write_changed(name, tensor)
-        progress.advance(f"block {index + 1} of {plan.n_blocks}")
-    if quantizer is None or skeleton is None or not any(x.weighs_head for x in plan.outputs):
-        return {}
-    return {OUTPUT: head_inputs(skeleton, source, stream).diagonal.cpu()}
+            self.ledger.note(index, result.changed, None)
+            self.progress.advance(f"block {index + 1} of {self.plan.n_blocks}")
 
 
 def _skeleton(plan: Plan, device: torch.device) -> Skeleton:

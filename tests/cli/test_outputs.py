@@ -151,8 +151,12 @@ def test_a_measurement_that_fails_keeps_the_result_it_was_to_replace(here, qtool
     def starved(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("qtool.pipeline.evaluate.evaluate", starved)
-    outcome = qtool("quantize", "./model", "-m", "rtn", "-o", "out", "--overwrite")
+    again = ("quantize", "./model", "-m", "rtn", "-o", "out", "--overwrite")
+    with monkeypatch.context() as patched:
+        patched.setattr("qtool.pipeline.measurement.evaluate", starved)
+        outcome = qtool(*again)
     assert outcome.code == 4
+    assert "2 of 2 blocks are kept" in outcome.err
     assert contents(here / "out") == before
+    assert qtool(*again).code == 0  # nothing but the measurement is done again
     assert sorted(path.name for path in here.iterdir()) == ["model", "out"]

@@ -1,5 +1,6 @@
 """Results go to stdout, all else to stderr; readers may leave, and a run may be told to end."""
 
+import json
 import os
 import pty
 import re
@@ -84,23 +85,28 @@ def test_a_full_disk_under_stdout_is_said_in_two_lines(here, as_json):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
-def test_an_interrupted_run_ends_with_130_and_leaves_nothing(here, number):
+def test_an_interrupted_run_ends_with_130_and_is_gone_on_with(here, number):
     tiny_model("llama", here / "deep", layers=24)
-    process = start(
-        *("quantize", "./deep", "-m", "gptq", "-g", "32", "-n", "64", "-l", "128"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ("quantize", "./deep", "-m", "gptq", "-g", "32", "-n", "64", "-l", "128", "--json")
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("block 1 of 24" in line for line in process.stderr)
     assert any(path.name.startswith(".deep-gptq") for path in here.iterdir())
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == ""
+    assert json.loads(out)["error"]["resumable"]
     assert "Traceback" not in err
     assert "error: interrupted" in err
-    assert sorted(path.name for path in here.iterdir()) == ["deep", "model"]
+    kept = int(re.search(r"run the same command to go on: (\d+) of 24 blocks", err)[1])
+    assert 1 <= kept < 24
+    names = sorted(path.name for path in here.iterdir())
+    assert names == [".deep-gptq-w4g32.qtool", "deep", "model"]
+    again = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"continuing: {kept} of 24 blocks are finished" in err
+    assert "block 1 of 24" not in err
+    assert sorted(path.name for path in here.iterdir()) == ["deep", "deep-gptq-w4g32", "model"]
 
 
 def on_a_terminal(*arguments):

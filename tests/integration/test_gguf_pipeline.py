@@ -18,7 +18,7 @@ from qtool.pipeline import gguf_rows
 from qtool.pipeline.export import plan_export, run_export
 from qtool.pipeline.outputs import CalibrationNote
 from qtool.pipeline.progress import Silent
-from qtool.pipeline.quantize import RunSettings, run_plan
+from qtool.pipeline.quantize import Calibration, RunSettings, run_plan
 from qtool.recipe.schema import Export
 
 CPU = torch.device("cpu")
@@ -34,9 +34,8 @@ def model_of(family, directory):
 def quantize(directory, path, kind, *, statistics=None, note=None, **recipe):
     plan = plan_of(directory, formats=(f"gguf:{kind}",), **recipe)
     windows = random_windows(12, LENGTH, seed=1) if plan.calibrated else None
-    return run_plan(
-        plan, [path], RunSettings(CPU), Silent(), windows=windows, statistics=statistics, note=note
-    )
+    calibration = Calibration(windows=windows, statistics=statistics, note=note)
+    return run_plan(plan, [path], RunSettings(CPU), Silent(), calibration)
 
 
 def export(source, path, name, **settings):

@@ -19,7 +19,7 @@ from qtool.model import streaming
 from qtool.model.family import FAMILIES
 from qtool.pipeline.calibrate import calibrate, save_statistics, statistics_for
 from qtool.pipeline.progress import Silent
-from qtool.pipeline.quantize import RunSettings, run_plan
+from qtool.pipeline.quantize import Calibration, RunSettings, run_plan
 
 DEVICE = torch.device("cpu")  # or what --device says
 LENGTH = 33
@@ -38,7 +38,8 @@ def quantize(directory, destinations, *, windows=None, statistics=None, held_byt
     if plan.calibrated and windows is None and statistics is None:
         windows = random_windows(12, LENGTH, seed=1)
     settings = RunSettings(DEVICE, held_bytes=held_bytes)
-    return run_plan(plan, paths, settings, Silent(), windows=windows, statistics=statistics)
+    calibration = Calibration(windows=windows, statistics=statistics)
+    return run_plan(plan, paths, settings, Silent(), calibration)
 
 
 def logits(directory, spill, ids=None):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from builders.gguf_containers import LLAMA, by_package, llama_weights
 
-from qtool.checkpoint import gguf_file
-from qtool.checkpoint.gguf_file import GgufTensor, GgufWriter, plan_gguf
+from qtool.checkpoint import gguf_writer
+from qtool.checkpoint.gguf_file import GgufTensor, plan_gguf
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_split import read_gguf_split
 from qtool.checkpoint.gguf_values import Value, f32, flag, many, text, u32
+from qtool.checkpoint.gguf_writer import GgufWriter
 from qtool.errors import CapacityError, DamagedError, UsageError
 
 N = LLAMA["vocabulary"]
@@ -393,7 +394,7 @@ def test_a_full_disk_is_told_and_cleaned_up(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     plan = plan_gguf({}, ODD, file="x.gguf")
-    monkeypatch.setattr(gguf_file.os, call, full)
+    monkeypatch.setattr(gguf_writer.os, call, full)
     with pytest.raises(CapacityError, match=r"x.gguf.partial"):
         write_all(plan, tmp_path)
     monkeypatch.undo()

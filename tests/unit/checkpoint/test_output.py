@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint.output import OutputDirectory, check_output, write_error
+from qtool.checkpoint import work_directory
+from qtool.checkpoint.output import (
+    OutputDirectory,
+    OutputFile,
+    check_output,
+    commit_all,
+    write_error,
+)
+from qtool.checkpoint.work_directory import work_path
 from qtool.errors import CapacityError, DamagedError, UsageError
 
 
@@ -21,7 +29,8 @@ def test_commit_gives_the_directory_its_name(tmp_path):
     with output as partial:
         (partial / "config.json").write_text("new")
         assert not output.final.exists()
-        assert partial.parent == output.final.parent
+        assert partial.parent == work_path(output.final)
+        assert partial.parent.parent == output.final.parent
         output.commit()
     assert (tmp_path / "new/deep/out/config.json").read_text() == "new"
     assert [path.name for path in (tmp_path / "new/deep").iterdir()] == ["out"]
@@ -84,6 +93,7 @@ def test_a_failed_rename_brings_the_old_one_back(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    monkeypatch.setattr(work_directory, "exchange", lambda *_: False)  # as on an old kernel
     with pytest.raises(DamagedError, match="Input/output error"), output:
         output.commit()
     assert (old / "config.json").read_text() == "old"
@@ -167,3 +177,112 @@ def test_an_output_below_a_file_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError), OutputDirectory(tmp_path / "file" / "out"):
         pass
+
+
+# --- what a killed process leaves ------------------------------------------------------------
+
+
+def killed(place, content="new"):
+    """Enter a place, write into it, and leave it as a killed process would: locked no more."""
+    partial = place.__enter__()
+    (partial / "config.json").write_text(content)
+    return partial
+
+
+def forget(place):
+    """Release the lock, as the kernel does when a process ends."""
+    os.close(place.work._lock)
+
+
+def test_two_runs_to_one_output_are_refused(tmp_path):
+    with OutputDirectory(tmp_path / "out"):
+        with pytest.raises(UsageError, match="another process is writing"):
+            OutputDirectory(tmp_path / "out").__enter__()
+        assert work_path(tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_left_is_removed_or_taken_over(tmp_path):
+    first = OutputDirectory(tmp_path / "out")
+    killed(first, "left")
+    forget(first)
+    with OutputDirectory(tmp_path / "out", resume=True) as partial:
+        assert (partial / "config.json").read_text() == "left"
+    assert list(tmp_path.iterdir()) == []  # unless it is kept
+
+
+def test_what_is_kept_is_there_for_the_next_run(tmp_path):
+    with (place := OutputDirectory(tmp_path / "out", resume=True)) as partial:
+        (partial / "config.json").write_text("kept")
+        place.keep()
+    with OutputDirectory(tmp_path / "out", resume=True) as partial:
+        assert (partial / "config.json").read_text() == "kept"
+    with OutputDirectory(tmp_path / "out") as partial:
+        assert list(partial.iterdir()) == []
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_process_killed_after_its_last_rename_is_seen_as_not_finished(
+    tmp_path, monkeypatch, old, swaps
+):
+    if not swaps:
+        monkeypatch.setattr(work_directory, "exchange", lambda *_: False)
+    if old:
+        model_at(tmp_path / "out")
+    place = OutputDirectory(tmp_path / "out", overwrite=old)
+    killed(place)
+    monkeypatch.setattr(work_directory.WorkDirectory, "close", lambda *_, **__: None)
+    place.commit()
+    monkeypatch.undo()
+    forget(place)
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    again = OutputDirectory(tmp_path / "out", overwrite=old, resume=True)  # nothing is in the way
+    with again as partial:
+        assert (partial / "config.json").read_text() == "new"
+        assert (tmp_path / "out").exists() == old
+        again.commit()
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_several_outputs_get_their_names_together_or_not_at_all(tmp_path, monkeypatch):
+    places = [OutputDirectory(tmp_path / name) for name in "abc"]
+    for place in places:
+        killed(place)
+    give = OutputDirectory.give
+
+    def fails_for_b(self):
+        if self is places[1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return give(self)
+
+    monkeypatch.setattr(OutputDirectory, "give", fails_for_b)
+    with pytest.raises(DamagedError):
+        commit_all(places)
+    assert [path.name for path in tmp_path.iterdir() if path.name in "abc"] == []
+    monkeypatch.undo()
+    assert commit_all(places) == [tmp_path / name for name in "abc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_files_that_have_their_names_already_are_taken_back(tmp_path, monkeypatch):
+    place = OutputFile(tmp_path / "x.gguf")
+    partial = place.__enter__()
+    for name in ("x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "Modelfile"):
+        (partial / name).write_text(name)
+    monkeypatch.setattr(work_directory.WorkDirectory, "close", lambda *_, **__: None)
+    place.commit()
+    monkeypatch.undo()
+    forget(place)
+    assert (tmp_path / "x.Modelfile").exists()
+    with OutputFile(tmp_path / "x.gguf", resume=True) as partial:
+        assert (partial / "x-00001-of-00002.gguf").exists()
+        assert not list(tmp_path.glob("x*"))
+
+
+def test_a_link_in_place_of_the_work_directory_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    work_path(tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is a link"):
+        OutputDirectory(tmp_path / "out").__enter__()
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -474,7 +474,7 @@ def test_a_failure_leaves_the_older_report_and_no_half_one(tmp_path, monkeypatch
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qtool.evaluation.report.sync", broken)
+    monkeypatch.setattr("qtool.checkpoint.output.sync", broken)
     with pytest.raises(Exception, match="No space left"):
         write_report(evaluation(MODELS[:1]), place)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before

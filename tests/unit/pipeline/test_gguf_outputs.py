@@ -130,7 +130,7 @@ def output(**settings):
 
 def write(planned, directory):
     """Write ones under every name, with the container's own writer."""
-    from qtool.checkpoint.gguf_file import GgufWriter
+    from qtool.checkpoint.gguf_writer import GgufWriter
 
     with GgufWriter(planned.layout, directory) as writer:
         for name, tensor in planned.layout.tensors.items():

@@ -1,0 +1,260 @@
+"""The hidden directory beside an output in which it comes into being.
+
+    .NAME.qtool/lock         held while a process works here
+    .NAME.qtool/result/      becomes the output, by a rename on the same file system
+    .NAME.qtool/committing   there while outputs get their names: who they are, by inode
+
+It survives a killed process, so that the next one can go on; it is renamed away, in one step, when
+everything that belongs to a run has its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint.untrusted import shown_path
+from qtool.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+MARKER, LOCK, RESULT, REPLACED = "committing", "lock", "result", "replaced"
+ATTEMPTS = 10  # to lock a directory that others are just removing
+
+
+def work_path(final: Path) -> Path:
+    """Return where the output `final` is worked on."""
+    return final.with_name(f".{final.name}.qtool")
+
+
+def sync(path: Path) -> None:
+    """Have the kernel put a file or directory on the disk before returning."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class WorkDirectory:
+    """A directory of one process at a time.
+
+    Args:
+        final: absolute path of the output.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.path = work_path(final)
+        self.result = self.path / RESULT
+        self._final = final
+        self._lock: int | None = None
+        self._created_parents: list[Path] = []
+
+    def open(self) -> None:
+        """Create it, or take over what a process that is gone left; lock it.
+
+        Raises:
+            UsageError: another process works here.
+            OSError: it cannot be created.
+        """
+        parent = self.path.parent
+        for path in reversed([p for p in (parent, *parent.parents) if not p.exists()]):
+            path.mkdir()
+            self._created_parents.append(path)
+        for _ in range(ATTEMPTS):
+            if self.path.is_symlink():
+                raise UsageError(f"{shown_path(self.path)} is a link", "remove it")
+            self.path.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed by who just finished
+                if self._locked():
+                    return
+        raise UsageError(f"others keep removing {shown_path(self.path)}", "choose another --output")
+
+    def _locked(self) -> bool:
+        """Lock the directory; False if it is not the one of that name any more."""
+        path = self.path / LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UsageError(
+                        f"another process is writing {shown_path(self._final)}",
+                        "wait for it, or choose another --output",
+                    ) from error
+                except OSError as error:  # a file system without locks
+                    if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
+                        raise
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                self._lock, descriptor = descriptor, -1
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        return self._lock is not None
+
+    def empty(self) -> None:
+        """Remove everything in it but the lock."""
+        for path in self.path.iterdir():
+            if path.name == LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def close(self, *, keep: bool) -> None:
+        """Unlock it, and unless `keep` remove it and the parents that were made for it."""
+        if self._lock is not None:
+            if not keep:
+                self._remove()
+            os.close(self._lock)
+            self._lock = None
+        if not keep:
+            for path in reversed(self._created_parents):
+                with contextlib.suppress(OSError):  # something else is there, the result perhaps
+                    path.rmdir()
+        self._created_parents.clear()
+
+    def _remove(self) -> None:
+        """Remove it so that nobody ever finds a part of it under its name."""
+        trash = self.path.with_name(f"{self.path.name}-done-{os.getpid()}")
+        try:
+            self.path.rename(trash)
+        except OSError:
+            trash = self.path
+        shutil.rmtree(trash, ignore_errors=True)
+
+    # --- giving the output its name ---------------------------------------------------------
+
+    def mark(self, first: WorkDirectory, inodes: Mapping[str, int]) -> None:
+        """Note that outputs are about to get their names.
+
+        Args:
+            first: of the outputs that belong together; the run is finished when its directory goes.
+            inodes: file name beside this directory -> inode of what gets that name.
+        """
+        text = json.dumps({"first": str(first.path), "inodes": dict(inodes)})
+        partial = self.path / f"{MARKER}.partial"
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(self.path / MARKER)
+        sync(self.path)
+
+    def pending(self) -> Mapping[str, int]:
+        """Return the names that this directory's results have got already, by a run not finished.
+
+        Empty where there are none; name -> inode.
+        """
+        marker = self._marker()
+        if marker is None or not (Path(marker["first"]) / MARKER).exists():
+            return {}
+        return self._given(marker["inodes"])
+
+    def _marker(self) -> dict[str, Any] | None:
+        """Return the marker, None where there is none that is whole."""
+        try:
+            marker = json.loads((self.path / MARKER).read_bytes())
+            names = marker["inodes"]
+            plain = all(Path(name).name == name for name in names)
+            return marker if plain and isinstance(marker["first"], str) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _given(self, inodes: Mapping[str, int]) -> dict[str, int]:
+        found = {}
+        for name, inode in inodes.items():
+            with contextlib.suppress(OSError):
+                if self._final.with_name(name).lstat().st_ino == inode:
+                    found[name] = inode
+        return found
+
+    def recover(self) -> None:
+        """Bring what a killed process left halfway through its last step back to before that step.
+
+        If that process had finished but for cleaning up, what it left is removed instead.
+
+        Raises:
+            OSError: something cannot be renamed.
+        """
+        marker, pending = self._marker(), self.pending()
+        for name in pending:
+            self.take_back(name)
+        aside = self.path / REPLACED
+        if aside.exists() and not self._final.exists():
+            aside.rename(self._final)
+        if marker is not None and not pending and self._given(marker["inodes"]):
+            self.empty()  # finished: only this directory was not removed
+        (self.path / MARKER).unlink(missing_ok=True)
+
+    def give(self, name: str) -> None:
+        """Give the whole result a name beside this directory, in one step where that can be.
+
+        What has the name now is kept in this directory until it is closed.
+
+        Raises:
+            OSError: it cannot be renamed; the old one is back.
+        """
+        final = self._final.with_name(name)
+        if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+            self.result.rename(final)
+            return
+        if exchange(self.result, final):
+            return
+        aside = self.path / REPLACED
+        final.rename(aside)
+        try:
+            self.result.rename(final)
+        except OSError:
+            aside.rename(final)
+            raise
+
+    def take_back(self, name: str) -> None:
+        """Undo `give`, or the move of a single file of the result.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        given = self._final.with_name(name)
+        if given.is_dir():
+            if self.result.exists():
+                exchange(self.result, given)
+                return
+            given.rename(self.result)
+            aside = self.path / REPLACED
+            if aside.exists():
+                aside.rename(given)
+            return
+        self.result.mkdir(exist_ok=True)
+        given.rename(self.result / name)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; False where the system cannot.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if not call(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
+        return False
+    raise OSError(number, os.strerror(number), str(other))

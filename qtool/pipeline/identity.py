@@ -1,0 +1,81 @@
+"""What makes a run the one it is: everything that decides the bytes of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import device as devices
+from qtool.calibration.tokens import Windows
+from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.shards import file_digest
+from qtool.errors import DamagedError
+from qtool.pipeline.artifact import environment
+from qtool.pipeline.plan import Plan
+
+# Keys of a recipe that change nothing in the weights: gates and texts to measure on may change
+# between two halves of a run.
+WITHOUT_EFFECT = ("metadata", "eval", "gates", "output", "ladder")
+HASHED_AT_ONCE = 4  # files
+
+
+def identity_of(
+    plan: Plan,
+    device: torch.device,
+    windows: Windows | None,
+    statistics: Path | None,
+) -> dict[str, Any]:
+    """Return nested mappings that are equal for two runs with the same result.
+
+    Args:
+        plan: what is done.
+        device: where.
+        windows: calibration tokens.
+        statistics: file that stands for them.
+
+    Raises:
+        DamagedError: a source file cannot be read.
+    """
+    recipe = plan.recipe.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    recipe.pop("model", None)  # known by its files
+    found: dict[str, Any] = {
+        **recipe,
+        "source": source_digests(plan.checkpoint),
+        "outputs": [output.fingerprint for output in plan.outputs],
+        "versions": environment(),
+        "device": devices.kind(device),
+        "threads": devices.threads() if device.type == "cpu" else 0,
+    }
+    if windows is not None and plan.calibrated:
+        found["calibration_tokens"] = {
+            "windows": len(windows.ids),
+            "length": int(windows.ids.shape[1]),
+            "sha256": windows.sha256,
+        }
+    if statistics is not None:
+        found["statistics"] = {"sha256": file_digest(statistics)}
+    return found
+
+
+def source_digests(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
+    """Return the SHA-256 of every file that the result depends on, by name.
+
+    Raises:
+        DamagedError: one cannot be read.
+    """
+    paths = sorted({ref.file for ref in checkpoint.refs.values()} | set(checkpoint.extra_files))
+    config = checkpoint.path / "config.json"
+    paths += [config] if config.is_file() and config not in paths else []
+    try:
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            digests = list(pool.map(file_digest, paths))
+    except OSError as error:
+        raise DamagedError(
+            f"cannot read {error.filename}: {error.strerror}", "check the disk"
+        ) from error
+    names = [path.relative_to(checkpoint.path).as_posix() for path in paths]
+    return {name: {"sha256": digest} for name, digest in zip(names, digests, strict=True)}

@@ -1,0 +1,200 @@
+"""What surrounds a run so that another process can go on with it: journal, room, interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from qtool import device as devices
+from qtool.calibration.tokens import Windows
+from qtool.checkpoint.output import OutputDirectory, write_error
+from qtool.checkpoint.untrusted import shown_path
+from qtool.errors import (
+    CapacityError,
+    DamagedError,
+    InterruptionError,
+    NumericalError,
+    QtoolError,
+    UnsupportedError,
+    UsageError,
+    is_out_of_memory,
+)
+from qtool.pipeline.identity import identity_of
+from qtool.pipeline.journal import Journal, begun_with
+from qtool.pipeline.outputs import OutputWriter
+from qtool.pipeline.plan import Plan
+from qtool.recipe.sizes import shown_size
+
+if TYPE_CHECKING:
+    from qtool.pipeline.quantize import Calibration
+
+# Room for the small files beside the weights, and for what others write meanwhile.
+SPARE_BYTES = 16 << 20
+
+
+def opened_journal(
+    path: Path, plan: Plan, device: torch.device, calibration: Calibration
+) -> Journal:
+    """Open the journal of a run, or begin one.
+
+    The run goes on with as many threads as it was begun with: sums may depend on their number.
+
+    Raises:
+        UsageError: an unfinished run is there with other settings.
+        DamagedError: a source file cannot be read.
+    """
+    threads = begun_with(path, "threads")
+    if device.type == "cpu" and isinstance(threads, int) and 0 < threads <= 4096:
+        devices.use_threads(threads)
+    return Journal(path, identity_of(plan, device, calibration.windows, calibration.file))
+
+
+@contextlib.contextmanager
+def closing_writer(writer: OutputWriter) -> Iterator[OutputWriter]:
+    """Close a writer's files whatever happens, leaving them as they are."""
+    try:
+        yield writer
+    finally:
+        writer.release()
+
+
+def clear(directories: Sequence[Path]) -> None:
+    """Remove everything below some directories.
+
+    Raises:
+        DamagedError: something cannot be removed.
+    """
+    for directory in directories:
+        try:
+            for path in directory.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise write_error(directory, error) from error
+
+
+class LeftForALaterRun:
+    """Keeps finished blocks where running again may get further, and says so; a context manager.
+
+    A run that would fail in the same way again - a setting, a weight that is not finite, an output
+    that does not read back - leaves nothing.
+
+    Args:
+        places: of the outputs.
+        path: of the journal.
+        n_blocks: of the model.
+    """
+
+    def __init__(self, places: Sequence[OutputDirectory], path: Path, n_blocks: int) -> None:
+        self._places = places
+        self._path = path
+        self._n_blocks = n_blocks
+        self.journal: Journal | None = None  # to be set once it is open
+        self.complete = False  # to be set once everything is done but the outputs' names
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        if self.journal is None:
+            if self._path.exists():  # an earlier run's, perhaps one that this may not continue
+                self._keep()
+            return
+        done = len(self.journal.blocks)
+        if not done or not (self.complete or _may_get_further(error)):
+            return
+        self._keep()
+        again = f"run the same command to go on: {done} of {self._n_blocks} blocks are kept in "
+        again += shown_path(self._path.parent)
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptionError("interrupted", again, resumable=True) from error
+        if is_out_of_memory(error):
+            advice = f"free some memory, or set a smaller --max-ram budget; then {again}"
+            raise CapacityError("out of memory", advice, resumable=True) from error
+        if isinstance(error, QtoolError) and not _says_so(error):
+            error.hint = f"{error.hint}; then {again}" if error.hint else again
+            error.resumable = True
+
+    def _keep(self) -> None:
+        for place in self._places:
+            place.keep()
+
+
+def _says_so(error: QtoolError) -> bool:
+    return error.resumable and "run the same command to go on" in error.hint
+
+
+def _may_get_further(error: BaseException) -> bool:
+    if isinstance(error, UsageError | UnsupportedError | NumericalError):
+        return False
+    return error.resumable if isinstance(error, DamagedError) else True
+
+
+def check_space(
+    plan: Plan, partials: Sequence[Path], windows: Windows | None, device: torch.device
+) -> None:
+    """Refuse a run that will not have room on the disk, before it does any work.
+
+    Args:
+        plan: says how large everything will be.
+        partials: where the outputs are written.
+        windows: calibration tokens, whose hidden states are kept for a later run.
+        device: where the model runs.
+
+    Raises:
+        CapacityError: says what is needed and what is free.
+    """
+    needs: dict[int, int] = {}
+    for output, partial in zip(plan.outputs, partials, strict=True):
+        disk = partial.stat().st_dev
+        needs[disk] = needs.get(disk, 0) + output.n_bytes - _taken(partial)
+    if windows is not None and plan.calibrated:
+        first = partials[0].stat().st_dev
+        needs[first] += state_bytes(plan, windows, device)
+    for partial in partials:
+        needed = needs.pop(partial.stat().st_dev, 0) + SPARE_BYTES
+        free = shutil.disk_usage(partial).free
+        if needed > free:
+            raise CapacityError(
+                f"the disk of {shown_path(partial.parents[1])} has {shown_size(free)} free, "
+                f"{shown_size(needed)} are needed",
+                "free some space or choose another --output",
+                resumable=True,
+            )
+
+
+def state_bytes(plan: Plan, windows: Windows, device: torch.device) -> int:
+    """Return the most bytes that hidden states take on the disk while a run goes on.
+
+    Two streams, of which the old ones go when the new ones are there.
+    """
+    width = int(plan.checkpoint.config["hidden_size"])
+    streams = 2 if plan.recipe.quantize.error_propagation > 0 else 1
+    size = devices.compute_dtype(plan.dtype, device).itemsize
+    return 2 * streams * windows.ids.numel() * width * size
+
+
+def _taken(directory: Path) -> int:
+    """Return the bytes that files below a directory take on the disk already."""
+    found = 0
+    for root, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += (Path(root) / name).lstat().st_blocks * 512
+    return found
