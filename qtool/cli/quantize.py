@@ -137,6 +137,17 @@ def quantize(
             show_default="the recipe's, or quick",
         ),
     ] = None,
+    ladder: Annotated[
+        bool,
+        typer.Option(
+            "--ladder",
+            help="Try 8 bits by rtn, then 4 by rtn, awq, gptq and awq+gptq, and keep the smallest "
+            "that passes every --gate. With -f gguf, the types from Q8_0 to Q4_K_M.",
+        ),
+    ] = False,
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="With --ladder: keep every result that was made.")
+    ] = False,
     gates: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -194,8 +205,29 @@ def quantize(
             "split_max_size": split_max_size,
             "modelfile": modelfile,
             "gates": gates,
+            "ladder": ladder,
+            "keep_all": keep_all,
         }
         built = build_recipe(model, recipe, flags, settings or [])
+        if built.ladder:
+            from qtool.cli.quantize_ladder import climb
+
+            wanted = _run_settings(device, overwrite=overwrite, resume=resume, max_ram=max_ram)
+            again = _again(model, flags, recipe=recipe, settings=settings, statistics=statistics)
+            climb(
+                terminal,
+                built,
+                wanted,
+                output=output,
+                statistics=statistics,
+                offline=offline,
+                keep_all=keep_all,
+                dry_run=dry_run,
+                again=again,
+            )
+            return
+        if keep_all:
+            raise UsageError("--keep-all is for a ladder", "add --ladder")
         _plan_and_run(
             terminal,
             built,
@@ -229,6 +261,19 @@ def _again(model: str | None, flags: dict[str, Any], **files: Any) -> str:
     return " ".join(word for word in words if word)
 
 
+def _run_settings(device: str, *, overwrite: bool, resume: bool, max_ram: str | None) -> Any:
+    from qtool import device as devices
+    from qtool.pipeline.quantize import RunSettings
+    from qtool.recipe.sizes import parse_size
+
+    return RunSettings(
+        device=devices.resolve(device),
+        overwrite=overwrite,
+        held_bytes=None if max_ram is None else parse_size(max_ram),
+        resume=resume,
+    )
+
+
 def _plan_and_run(
     terminal: Terminal,
     recipe: Recipe,
@@ -255,11 +300,9 @@ def _plan_and_run(
     from qtool.pipeline.quantize import (
         Calibration,
         Completed,
-        RunSettings,
         check_outputs,
         completed,
     )
-    from qtool.recipe.sizes import parse_size
 
     checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
     pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
@@ -267,12 +310,7 @@ def _plan_and_run(
     plans = make_plans(checkpoint, recipe, importance=statistics is not None)
     places = dict(zip(recipe.export, destinations(recipe, checkpoint, output), strict=True))
     jobs = [(plan, [places[entry] for entry in plan.recipe.export]) for plan in plans]
-    settings = RunSettings(
-        device=devices.resolve(device),
-        overwrite=overwrite,
-        held_bytes=None if max_ram is None else parse_size(max_ram),
-        resume=resume,
-    )
+    settings = _run_settings(device, overwrite=overwrite, resume=resume, max_ram=max_ram)
     check_outputs(list(places.values()), checkpoint, overwrite=overwrite, statistics=statistics)
     progress = terminal.progress()
     for plan, _ in jobs:

@@ -11,6 +11,7 @@ from qtool.checkpoint.locate import Checkpoint
 from qtool.cli.calibration_data import dataset_specs
 from qtool.errors import UsageError
 from qtool.evaluation.gates import parse_gates
+from qtool.recipe.ladder import GGUF, INTEGERS
 from qtool.recipe.load import apply_overrides, parse_recipe, read_mapping
 from qtool.recipe.rules import parse_ignore, parse_override
 from qtool.recipe.schema import Recipe, resolved
@@ -37,12 +38,14 @@ GGUF_KEYS = ("output_type", "embed_type", "pre", "strict", "split_max_size", "mo
 
 # What `--eval quick` measures: enough to see a broken result, not to rank good ones.
 QUICK_EVALUATION = {"data": "builtin", "context": 512, "windows": 8}
+# What decides between the rungs of a ladder.
+LADDER_EVALUATION = {"data": "builtin", "context": 512, "windows": 32}
 
 
 def build_recipe(
     model: str | None, file: Path | None, flags: Mapping[str, Any], settings: list[str]
 ) -> Recipe:
-    """Return the resolved recipe of a run.
+    """Return the recipe of a run: resolved, but with a ladder, whose rungs are to be resolved.
 
     Args:
         model: the MODEL argument; None takes the recipe's.
@@ -64,16 +67,57 @@ def build_recipe(
         raise UsageError("no model given", "qtool quantize MODEL, or a recipe with model: {id: }")
     if file is not None:
         parse_recipe(data, str(file))  # what is wrong in the file is said of the file
+    if flags.get("ladder") or data.get("ladder"):
+        flags = _apply_ladder(data, flags)
     _apply_flags(data, flags)
     data = apply_overrides(data, settings)
     recipe = parse_recipe(data, "command line")
     _check_gates(recipe)
-    return resolved(recipe)
+    return recipe if recipe.ladder else resolved(recipe)
+
+
+# Flags that a rung decides.
+RUNG_FLAGS = ("method", "bits")
+
+
+def _apply_ladder(data: dict[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write a ladder into the recipe, unless it has one; return the flags that are left.
+
+    `-f gguf` stands for the ladder of GGUF types; any other format is that of every rung.
+    """
+    given = next((name for name in RUNG_FLAGS if flags.get(name) is not None), None)
+    if given is not None:
+        raise UsageError(
+            f"--{given} is decided by each rung of the ladder",
+            "leave it away, or write the rungs into a recipe: recipes/ladder.yaml",
+        )
+    formats = flags.get("formats") or []
+    if len(formats) > 1:
+        raise UsageError("a ladder has one format", "give --format once")
+    ladder = GGUF if formats and is_gguf(formats[0]) else INTEGERS
+    if formats and is_gguf(formats[0]) and formats[0].lower() != "gguf":
+        raise UsageError(
+            f"--format {formats[0]} is decided by each rung of the ladder",
+            "write -f gguf for the types from Q8_0 to Q4_K_M, or the rungs into a recipe",
+        )
+    if not data.get("ladder") or ladder is GGUF:
+        data["ladder"] = [rung.model_dump(exclude_none=True) for rung in ladder]
+    if ladder is GGUF:
+        flags = {**flags, "formats": ["gguf:Q8_0"]}  # every rung puts its own type in its place
+    if flags.get("evaluation") is None and "eval" not in data:
+        data["eval"] = dict(LADDER_EVALUATION)
+    return flags
 
 
 def _check_gates(recipe: Recipe) -> None:
     """Refuse gates that nothing could be held against."""
-    for gate in parse_gates(recipe.gates):
+    gates = parse_gates(recipe.gates)
+    if recipe.ladder and not any(gate.measure.kind == "number" for gate in gates):
+        raise UsageError(
+            "a ladder needs a gate on what is lost",
+            "for example --gate 'loss<=3%', or gates: ['kld<=0.05'] in the recipe",
+        )
+    for gate in gates:
         if gate.measure.metric and not recipe.eval.metrics:
             raise UsageError(
                 f"gate '{gate.expression}' needs a figure, but nothing is to be measured",

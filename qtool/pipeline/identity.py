@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def identity_of(
     return found
 
 
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, status: tuple[int, ...]) -> str:
+    """Hash a file once in a process, however many formats and rungs are made from it."""
+    del status
+    return file_digest(path)
+
+
 def source_digests(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
     """Return the SHA-256 of every file that the result depends on, by name.
 
@@ -72,7 +85,7 @@ def source_digests(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
     paths += [config] if config.is_file() and config not in paths else []
     try:
         with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            digests = list(pool.map(file_digest, paths))
+            digests = list(pool.map(_digest, paths))
     except OSError as error:
         raise DamagedError(
             f"cannot read {error.filename}: {error.strerror}", "check the disk"

@@ -20,7 +20,7 @@ from qtool.evaluation.gates import (
     shown_outcome,
 )
 from qtool.evaluation.metrics_json import DEFAULT_METRICS
-from qtool.pipeline.evaluate import brief, evaluate, metrics_of
+from qtool.pipeline.evaluate import Extent, brief, evaluate_fully, metrics_of
 from qtool.pipeline.outputs import PlannedOutput
 from qtool.pipeline.plan import Plan
 from qtool.pipeline.progress import Progress
@@ -33,13 +33,23 @@ class Measurement:
     """What one output lost, and which gates it passed.
 
     Args:
-        metrics: in the terms of the JSON contract, without the errors of quantiles; empty where
-            nothing was measured.
+        result: in the terms of the JSON contract: model, bytes, metrics (empty where nothing was
+            measured) and, where a gate asks for it, what is known of the tokenizer.
         outcomes: of every gate.
     """
 
-    metrics: Mapping[str, Any]
+    result: Mapping[str, Any]
     outcomes: tuple[GateOutcome, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The figures, without the errors of quantiles and ratios."""
+        return brief(self.result["metrics"])
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(outcome.passed for outcome in self.outcomes)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Measurer:
         gates: conditions on the figures.
         device: where to compute.
         progress: told what happens.
+        cache: directory for the original's logits; None computes them each time.
     """
 
     original: Checkpoint
@@ -61,6 +72,7 @@ class Measurer:
     gates: tuple[Gate, ...]
     device: torch.device
     progress: Progress
+    cache: Path | None = None
 
     def measure(self, weights: Sequence[Path], names: Sequence[Path]) -> tuple[Measurement, ...]:
         """Measure complete outputs, which may still have hidden names.
@@ -75,10 +87,17 @@ class Measurer:
         models = [replace(locate(str(path), gguf=True), name="the result") for path in weights]
         found: list[Mapping[str, Any]] = [{} for _ in models]
         if self.windows is not None and self._can_run(models):
-            results = evaluate(models, self.original, self.windows, self.device, self.progress)
+            results = evaluate_fully(
+                models,
+                self.original,
+                self.windows,
+                self.device,
+                self.progress,
+                Extent(cache=self.cache),
+            ).results
             found = [metrics_of(result, self._names(result.checkpoint)) for result in results]
         return tuple(
-            Measurement(brief(metrics), self._outcomes(model, name, metrics))
+            self._held_to_gates(model, name, metrics)
             for model, name, metrics in zip(models, names, found, strict=True)
         )
 
@@ -98,9 +117,9 @@ class Measurer:
             return False
         return True
 
-    def _outcomes(
+    def _held_to_gates(
         self, model: Checkpoint, name: Path, metrics: Mapping[str, Any]
-    ) -> tuple[GateOutcome, ...]:
+    ) -> Measurement:
         result: dict[str, Any] = {
             "model": str(name),
             "bytes": model.total_bytes,
@@ -109,7 +128,7 @@ class Measurer:
         if any(gate.measure.kind == "same" for gate in self.gates):
             check = check_tokenizer(model, self.original)
             result.update({} if check is None else {"tokenizer": tokenizer_json(check)})
-        return check_gates(self.gates, [result])
+        return Measurement(result, check_gates(self.gates, [result]))
 
 
 def wanted_metrics(recipe: Recipe, gates: Sequence[Gate]) -> frozenset[str]:

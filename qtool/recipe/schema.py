@@ -193,6 +193,16 @@ class Export(Section):
         return self
 
 
+class Rung(Section):
+    """One step of a ladder: what differs from `quantize`; keys left out are those of there."""
+
+    method: Method
+    bits: Bits | None = None  # of packed formats; a gguf type has its own
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+    format: str | None = None  # null: the method's own
+
+
 class Evaluation(Section):
     """How the result is compared with the original; no metrics, no evaluation."""
 
@@ -213,6 +223,7 @@ class Recipe(Section):
     rules: Many[Rule] = ()
     export: Many[Export] = ()  # empty: one output in the method's own format
     eval: Evaluation = Evaluation()
+    ladder: Many[Rung] = ()  # tried from the largest on; the smallest that passes all gates is kept
     gates: Many[str] = ()  # conditions on the result, such as kld<=0.05: exit code 3 if one fails
     output: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42

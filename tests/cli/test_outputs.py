@@ -153,7 +153,7 @@ def test_a_measurement_that_fails_keeps_the_result_it_was_to_replace(here, qtool
 
     again = ("quantize", "./model", "-m", "rtn", "-o", "out", "--overwrite")
     with monkeypatch.context() as patched:
-        patched.setattr("qtool.pipeline.measurement.evaluate", starved)
+        patched.setattr("qtool.pipeline.measurement.evaluate_fully", starved)
         outcome = qtool(*again)
     assert outcome.code == 4
     assert "2 of 2 blocks are kept" in outcome.err

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qtool.errors import UsageError
+from qtool.recipe.ladder import steps_of
 from qtool.recipe.load import apply_overrides, dump_recipe, load_recipe, parse_recipe, read_mapping
 from qtool.recipe.schema import Recipe, resolved
 
@@ -48,7 +49,9 @@ def test_the_contracts_example_loads(tmp_path):
 def test_every_shipped_recipe_loads_and_resolves(path):
     recipe = load_recipe(path)
     assert recipe.metadata.name == path.stem
-    assert resolved(recipe) == recipe  # it says everything itself
+    steps = [step.recipe for step in steps_of(recipe)] if recipe.ladder else [recipe]
+    assert len(steps) == max(1, len(recipe.ladder))
+    assert all(resolved(step) == step for step in steps)  # it says everything itself
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -59,10 +62,10 @@ def test_every_key_of_a_shipped_recipe_has_a_comment(path):
     assert [line for line in keys if "  # " not in line] == []
 
 
-def test_all_eight_recipes_are_shipped():
+def test_all_nine_recipes_are_shipped():
     assert {path.stem for path in RECIPES} == {
         "rtn-w8", "rtn-w4g128", "gptq-w4g128", "gptq-w3g128", "awq-w4g128", "awq-gptq-w4g128",
-        "gguf-q4_k_m", "vllm-and-ollama",
+        "gguf-q4_k_m", "ladder", "vllm-and-ollama",
     }  # fmt: skip
 
 
