@@ -157,15 +157,16 @@ class TerminalProgress:
         self._total = 0
         self._done = 0
         self._first = 0  # steps that were done before the phase began
-        self._title = ""
+        self._title, self._unit = "", "block"
         self._started = 0.0
         self._width = 0  # of a drawn line without the linear at its end
         self._block: list[LayerReport] = []
         self._told = False  # whether this phase printed lines of its own
         self.warnings: list[tuple[str, str]] = []
 
-    def start(self, title: str, total: int, *, done: int = 0) -> None:
-        """Begin a phase of `total` steps, the first of which may be `done`."""
+    def start(self, title: str, total: int, *, unit: str = "block", done: int = 0) -> None:
+        """Begin a phase of `total` steps, each a `unit`, the first of which may be `done`."""
+        self._unit = unit
         self._title, self._total, self._done, self._first = title, total, done, done
         self._started = time.monotonic()
         self._block, self._told = [], False
@@ -182,7 +183,7 @@ class TerminalProgress:
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=BAR_WIDTH),
-            TextColumn("block {task.fields[block]} of {task.total:.0f}"),
+            TextColumn(f"{unit} {{task.fields[step]}} of {{task.total:.0f}}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -192,10 +193,10 @@ class TerminalProgress:
         )
         self._bars.start()
         self._width = len(
-            f"{title} {BAR_WIDTH * ' '} block {total} of {total} 0:00:00 left 0:00:00 "
+            f"{title} {BAR_WIDTH * ' '} {unit} {total} of {total} 0:00:00 left 0:00:00 "
         )
         self._task = self._bars.add_task(
-            title, total=total, completed=done, block=min(done + 1, total), detail=""
+            title, total=total, completed=done, step=min(done + 1, total), detail=""
         )
 
     def layer(self, report: LayerReport) -> None:
@@ -211,8 +212,8 @@ class TerminalProgress:
         self._done += 1
         self._told = self._told or bool(detail)
         if self._bars is not None and self._task is not None:
-            block = min(self._done + 1, self._total)
-            self._bars.update(self._task, advance=1, block=block)
+            step = min(self._done + 1, self._total)
+            self._bars.update(self._task, advance=1, step=step)
         elif self._shown and detail:
             self._terminal.err.print(Text(self._line(detail)), soft_wrap=True)
         self._block = []
@@ -242,7 +243,8 @@ class TerminalProgress:
         """End the phase."""
         if self._bars is None and self._shown and not self._told:
             elapsed = time.monotonic() - self._started
-            line = printable_line(f"{self._title}: {self._done} blocks, {elapsed:.0f} s")
+            many = f"{self._done} {self._unit}{'' if self._done == 1 else 's'}"
+            line = printable_line(f"{self._title}: {many}, {elapsed:.0f} s")
             self._terminal.err.print(Text(line), soft_wrap=True)
         self.clear()
 

@@ -59,7 +59,7 @@ class Setting:
 
 def steps(progress: Progress, title: str, total: int, unit: str) -> Callable[[], None]:
     """Begin a phase and return what is to be called after each of its steps."""
-    progress.start(title, total)
+    progress.start(title, total, unit=unit)
     done = 0
 
     def tick() -> None:

@@ -38,8 +38,8 @@ class LayerReport:
 class Progress(Protocol):
     """Told what happens; all methods return at once."""
 
-    def start(self, title: str, total: int, *, done: int = 0) -> None:
-        """Begin a phase of `total` steps (blocks, windows), the first of which may be `done`."""
+    def start(self, title: str, total: int, *, unit: str = "block", done: int = 0) -> None:
+        """Begin a phase of `total` steps, each a `unit`, the first of which may be `done`."""
 
     def layer(self, report: LayerReport) -> None:
         """Note one finished linear."""
@@ -63,7 +63,7 @@ class Silent:
     def __init__(self) -> None:
         self.warnings: list[tuple[str, str]] = []
 
-    def start(self, title: str, total: int, *, done: int = 0) -> None:
+    def start(self, title: str, total: int, *, unit: str = "block", done: int = 0) -> None:
         """Do nothing."""
 
     def layer(self, report: LayerReport) -> None:
