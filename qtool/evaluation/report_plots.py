@@ -19,6 +19,7 @@ from qtool.evaluation.report_svg import (
     Box,
     Drawing,
     axis_for,
+    fitted,
     grid,
     place_labels,
     spread_out,
@@ -29,6 +30,7 @@ from qtool.recipe.sizes import shown_size
 WIDE, NARROW = 880, 358
 MOST_CURVES = 8
 NINETY_FIVE = 1.96  # standard errors to each side of a mean
+RADIUS = 5  # pixels of a marker: a shorter bar would only blot a cross
 SHAPES = ("circle", "square", "diamond", "triangle")
 CAP = "note limit-name"
 LOSS = "KL divergence (nats per token)"
@@ -159,11 +161,12 @@ def _point(drawing: Drawing, row: Row, x: Axis, y: Axis) -> tuple[float, float]:
     across, height = x.at(float(row.n_bytes or 0)), _height(y, row.kld)
     kind = "best" if row.frontier else "other"
     ends = _bar(y, row.kld) if row.kld else None
-    if ends is not None:
+    shape = "cross" if row.passed is False else "circle"
+    blot = shape == "cross" and ends and max(abs(end - height) for end in ends) <= RADIUS
+    if ends is not None and not blot:
         drawing.line(across, ends[0], across, ends[1], f"bar {kind}-bar")
         for end in ends:
             drawing.line(across - 4, end, across + 4, end, f"bar {kind}-bar")
-    shape = "cross" if row.passed is False else "circle"
     if row.kld and row.kld.value <= 0:
         shape = "down"
     title = f"{row.number}. {row.label}: {size(row.n_bytes)}, KL {with_error(row.kld)}"
@@ -306,7 +309,7 @@ def loss_by_domain(facts: Facts, width: int) -> Drawing | None:
             for name, height in zip(names, heights, strict=True):
                 drawing.text(room - 4, height + 4, name, "row-name", "end")
         bottom = above + panel_height - 30
-        drawing.text(left + 8, above + 15, _fit(kind, panel_width - 20), "panel")
+        drawing.text(left + 8, above + 15, fitted(kind, panel_width - 20), "panel")
         for value in axis.ticks(4 if panel_width < 240 else 6):
             drawing.line(axis.at(value), above + top, axis.at(value), bottom, "grid")
             drawing.text(axis.at(value), bottom + 16, tick(value), "tick", "middle")
@@ -336,7 +339,3 @@ def _domain_dot(drawing: Drawing, row: Row, kind: str, axis: Axis, height: float
     across = axis.at(figure.value) if figure.value > 0 else axis.start
     title = f"{row.label} on {kind}: KL {with_error(figure)}"
     drawing.marker(across, height, "circle", f"point {look} circle", title)
-
-
-def _fit(text: str, width: float) -> str:
-    return text if text_width(text) <= width else f"{text[: max(1, int(width / FONT / 0.62) - 1)]}…"

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,6 +91,21 @@ def test_layers_come_from_the_report_beside_a_model(here, packed, qtool):
     assert len(layers) == 14
     assert all(layer["relative_error"] > 0 for layer in layers)
     assert "layers" not in qtool("eval", "./model", *SMALL, "--json").value["results"][0]
+
+
+@pytest.mark.parametrize("missing", ["resvg_py", "matplotlib", None])
+def test_a_report_without_png_files_says_what_they_need(here, other, qtool, monkeypatch, missing):
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    run = qtool("eval", other, *REF, *SMALL, "--domains", "--report", "page")
+    assert run.code == 0
+    assert run.err.count("PNG files of the plots need: pip install 'qtool-llm[plots]'") == (
+        1 if missing else 0
+    )
+    drawn = {path.name for path in (here / "page").iterdir() if "kl-by-domain" in path.name}
+    assert drawn == {"kl-by-domain.svg", *([] if missing else ["kl-by-domain.png"])}
+    figures = qtool("eval", other, "--ctx", "16", "-n", "2", "--report", "figures")
+    assert "PNG" not in figures.err  # a perplexity alone has no plots
 
 
 # --- the cache -----------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_labels_of_a_crowd_do_not_lie_on_each_other(width):
         for index in range(14)
     ]  # fmt: skip
     facts = facts_of(evaluation(models))
-    svg = loss_against_size(facts, width).svg("x")
+    svg = loss_against_size(facts, width).svg()
     names = {row.label for row in facts.rows} | {str(row.number) for row in facts.rows}
     boxes = boxes_of_labels(svg, names)
     assert len(boxes) >= 8
@@ -334,7 +334,7 @@ def test_labels_of_a_crowd_do_not_lie_on_each_other(width):
 
 def test_a_bar_spans_95_percent():
     value = evaluation([("a", "f", 4.0, 0.1), ("b", "f", 8.0, 0.001)], gates=[])
-    svg = loss_against_size(facts_of(value), WIDE).svg("x")
+    svg = loss_against_size(facts_of(value), WIDE).svg()
     bars = [
         line
         for line in ET.fromstring(svg).iter(f"{SVG}line")
