@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.untrusted import printable
+from qtool.cli.comparison_table import ComparisonTable
 from qtool.evaluation.buckets import bucket_json
 from qtool.evaluation.domains import domain_json
 from qtool.evaluation.gates import GateOutcome, gate_error, gate_json, shown_outcome
 from qtool.evaluation.metrics_json import divergence_json
+from qtool.evaluation.report_facts import Figure
+from qtool.evaluation.report_numbers import with_error
 from qtool.pipeline.evaluate import NOISE_DTYPE, metrics_of
 from qtool.pipeline.layer_errors import layer_errors
 from qtool.pipeline.tokenizer_check import TokenizerCheck, tokenizer_json
@@ -151,7 +154,7 @@ def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableTy
     from rich.text import Text
 
     parts: list[RenderableType] = [_table(report)]
-    for result in report.evaluation.results:
+    for result, _ in _by_size(report):
         parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
     parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
     parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
@@ -174,20 +177,23 @@ def _plain_table(first: str, titles: Sequence[str]) -> Table:
     return table
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report) -> ComparisonTable:
     results = report.evaluation.results
     asked = {name for result in results for name in report.names(result)}
     compared = report.original is not None
-    titles = ["format", "size", "perplexity"]
+    titles = ["model", "format", "size", "perplexity"]
     titles += ["llama.cpp's"] if "ppl_llama_cpp" in asked else []
     titles += ["ratio"] if compared else []
     titles += ["KL divergence", "99 % below"] if compared and "kld" in asked else []
     titles += ["same top"] if compared and "top1" in asked else []
     titles += ["flips"] if compared and "flips" in asked else []
-    table = _plain_table("model", titles)
-    for result in sorted(results, key=lambda r: r.n_bytes):
-        table.add_row(*_row(result, asked))
-    return table
+    return ComparisonTable(titles, [_row(result, asked) for result, _ in _by_size(report)])
+
+
+def _by_size(report: Report) -> list[tuple[Evaluated, TokenizerCheck | None]]:
+    """Return results with what was found about their tokenizers, the smallest first."""
+    both = zip(report.evaluation.results, report.checks, strict=True)
+    return sorted(both, key=lambda pair: pair[0].n_bytes)
 
 
 def _row(result: Evaluated, asked: set[str]) -> list[str]:
@@ -250,16 +256,17 @@ def _notes(report: Report) -> list[str]:
         if half is not None and "ppl_llama_cpp" in report.names(first):
             note += f", {half[1].value:.3f} by llama.cpp's rule (second halves only)"
     notes = [note]
-    for result, check in zip(report.evaluation.results, report.checks, strict=True):
+    for result, check in _by_size(report):
         if check is not None and check.differences:
             source = result.checkpoint.source
             notes.append(f"TOKENIZER OF {source} DIFFERS: {'; '.join(check.differences)}")
         error = None if result.comparison is None else result.comparison.approximation
         if error is not None:
-            spread = "" if math.isnan(error.standard_error) else f" ± {error.standard_error:.1g}"
+            spread = None if math.isnan(error.standard_error) else error.standard_error
+            off = with_error(Figure(error.value, spread), 2)
             notes.append(
                 f"{result.checkpoint.source}: divergence from the cache is off by "
-                f"{error.value:.1g}{spread} (measured on {error.tokens} tokens)"
+                f"{off} (measured on {error.tokens} tokens)"
             )
     floor = report.evaluation.noise_floor
     if floor is not None:
