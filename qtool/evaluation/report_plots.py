@@ -30,7 +30,7 @@ from qtool.recipe.sizes import shown_size
 WIDE, NARROW = 880, 358
 MOST_CURVES = 8
 NINETY_FIVE = 1.96  # standard errors to each side of a mean
-RADIUS = 5  # pixels of a marker: a shorter bar would only blot a cross
+RADIUS = 5  # pixels of a marker
 SHAPES = ("circle", "square", "diamond", "triangle")
 CAP = "note limit-name"
 LOSS = "KL divergence (nats per token)"
@@ -162,16 +162,29 @@ def _point(drawing: Drawing, row: Row, x: Axis, y: Axis) -> tuple[float, float]:
     kind = "best" if row.frontier else "other"
     ends = _bar(y, row.kld) if row.kld else None
     shape = "cross" if row.passed is False else "circle"
-    blot = shape == "cross" and ends and max(abs(end - height) for end in ends) <= RADIUS
-    if ends is not None and not blot:
-        drawing.line(across, ends[0], across, ends[1], f"bar {kind}-bar")
+    if ends is not None:
+        if shape == "circle":
+            drawing.line(across, ends[0], across, ends[1], f"bar {kind}-bar")
         for end in ends:
-            drawing.line(across - 4, end, across + 4, end, f"bar {kind}-bar")
+            _bar_end(drawing, (across, height), end, f"bar {kind}-bar", through=shape == "cross")
     if row.kld and row.kld.value <= 0:
         shape = "down"
     title = f"{row.number}. {row.label}: {size(row.n_bytes)}, KL {with_error(row.kld)}"
     drawing.marker(across, height, shape, f"point {kind} {shape}", title)
     return across, height
+
+
+def _bar_end(
+    drawing: Drawing, point: tuple[float, float], end: float, kind: str, *, through: bool
+) -> None:
+    """Draw an end of an error bar; beside a marker that one sees through, only what leaves it."""
+    across, height = point
+    reach = abs(end - height)
+    if through and reach > RADIUS:
+        edge = height + math.copysign(RADIUS, end - height)
+        drawing.line(across, edge, across, end, kind)
+    if not through or reach > 2 * RADIUS:  # else it would make an hourglass of a cross
+        drawing.line(across - 4, end, across + 4, end, kind)
 
 
 def _clearances(point: tuple[float, float], figure: Figure | None, y: Axis) -> list[Box]:

@@ -348,6 +348,23 @@ def test_a_bar_spans_95_percent():
         assert middle - high == pytest.approx(math.log(1 + 1.96 * 0.04) * pixels_per_e, abs=0.2)
 
 
+def test_a_bar_does_not_run_through_a_cross():
+    """One that ends near it has no cap either: together they would look like an hourglass."""
+    models = [("near", "f", 4.0, 0.1), ("low", "f", 8.0, 0.001)]
+    for spread, caps in ((0.01, 0), (0.045, 0), (0.2, 1)):
+        value = evaluation(models, gates=["kld<=0.00001"])
+        value["results"][0]["metrics"]["kld"]["se"] = 0.1 * spread
+        value["results"][1]["metrics"]["kld"].pop("se")
+        svg = ET.fromstring(loss_against_size(facts_of(value), WIDE).svg())
+        (point,) = [p for p in svg.iter(f"{SVG}path") if "near" in "".join(p.itertext())]
+        middle = float(re.match(r"M\S+ ([\d.]+)m", point.get("d"))[1])
+        bars = [b for b in svg.iter(f"{SVG}line") if b.get("class").startswith("bar")]
+        heights = [(float(b.get("y1")), float(b.get("y2"))) for b in bars]
+        assert all(min(abs(y - middle) for y in pair) >= 4.9 for pair in heights)
+        assert sum(first == last for first, last in heights) == 2 * caps
+        assert (len(heights) == 0) is (spread == 0.01)
+
+
 def test_gates_and_the_noise_floor_are_lines_in_the_plot():
     found = texts(report_files(evaluation())["kl-against-size.svg"])
     assert "gate: kld<=0.07" in found
