@@ -14,7 +14,7 @@ from qtool.evaluation.domains import domain_json
 from qtool.evaluation.gates import GateOutcome, gate_error, gate_json, shown_outcome
 from qtool.evaluation.metrics_json import divergence_json
 from qtool.evaluation.report_facts import Figure
-from qtool.evaluation.report_numbers import with_error
+from qtool.evaluation.report_numbers import percent_with_error, with_error
 from qtool.pipeline.evaluate import NOISE_DTYPE, metrics_of
 from qtool.pipeline.layer_errors import layer_errors
 from qtool.pipeline.tokenizer_check import TokenizerCheck, tokenizer_json
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from qtool.calibration.tokens import Windows
     from qtool.checkpoint.locate import Checkpoint
+    from qtool.evaluation.divergence import ApproximationError
     from qtool.evaluation.perplexity import Estimate
     from qtool.pipeline.evaluate import Evaluated, Evaluation
 
@@ -205,12 +206,12 @@ def _row(result: Evaluated, asked: set[str]) -> list[str]:
     comparison = result.comparison
     if comparison is None:
         return row
-    row.append(f"{comparison.ratio.value:.4f}")
+    row.append(with_error(_figure(comparison.ratio), 5))
     if "kld" in asked:
-        row.append(_with_error(comparison.divergence, 4))
-        row.append(f"{comparison.divergence_p99.value:.3g}")
-    row += [_percent(comparison.top1)] if "top1" in asked else []
-    row += [_percent(comparison.flips)] if "flips" in asked else []
+        row.append(with_error(_figure(comparison.divergence)))
+        row.append(with_error(_figure(comparison.divergence_p99)))
+    row += [percent_with_error(_figure(comparison.top1))] if "top1" in asked else []
+    row += [percent_with_error(_figure(comparison.flips))] if "flips" in asked else []
     return row
 
 
@@ -223,7 +224,8 @@ def _positions(result: Evaluated) -> Table | None:
     for bucket in result.positions:
         row = [f"{bucket.start} to {bucket.stop}", _with_error(bucket.loss, 4)]
         if bucket.reference_loss is not None and bucket.divergence is not None:
-            row += [_with_error(bucket.reference_loss, 4), _with_error(bucket.divergence, 4)]
+            row.append(_with_error(bucket.reference_loss, 4))
+            row.append(with_error(_figure(bucket.divergence)))
         table.add_row(*row, str(bucket.loss.tokens))
     return table
 
@@ -237,9 +239,10 @@ def _domains(result: Evaluated) -> Table | None:
     for name, scores in result.domains.items():
         row = [name, f"{scores.perplexity.value:.2f}"]
         if scores.reference_perplexity is not None and scores.divergence is not None:
-            row += [f"{scores.reference_perplexity.value:.2f}", _with_error(scores.divergence, 4)]
+            row.append(f"{scores.reference_perplexity.value:.2f}")
+            row.append(with_error(_figure(scores.divergence)))
         if scores.top1 is not None:
-            row.append(_percent(scores.top1))
+            row.append(percent_with_error(_figure(scores.top1)))
         table.add_row(*row, str(scores.perplexity.tokens))
     return table
 
@@ -262,8 +265,7 @@ def _notes(report: Report) -> list[str]:
             notes.append(f"TOKENIZER OF {source} DIFFERS: {'; '.join(check.differences)}")
         error = None if result.comparison is None else result.comparison.approximation
         if error is not None:
-            spread = None if math.isnan(error.standard_error) else error.standard_error
-            off = with_error(Figure(error.value, spread), 2)
+            off = with_error(_figure(error), 2)
             notes.append(
                 f"{result.checkpoint.source}: divergence from the cache is off by "
                 f"{off} (measured on {error.tokens} tokens)"
@@ -272,7 +274,7 @@ def _notes(report: Report) -> list[str]:
     if floor is not None:
         notes.append(
             f"noise floor: the original in {NOISE_DTYPE} diverges from itself by "
-            f"{_with_error(floor.divergence, 6)}"
+            f"{with_error(_figure(floor.divergence))}"
         )
     return notes
 
@@ -287,8 +289,11 @@ def _next(report: Report) -> str:
     return f"next: qtool quantize {source}"
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} %"
+def _figure(estimate: Estimate | ApproximationError) -> Figure:
+    """Return a mean as reports show it: to the digits that its standard error supports."""
+    error = estimate.standard_error
+    # Windows that are all alike say nothing about their spread.
+    return Figure(estimate.value, error if error > 0 else None)
 
 
 def _with_error(estimate: Estimate, digits: int) -> str:

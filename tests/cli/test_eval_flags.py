@@ -1,6 +1,7 @@
 """`qtool eval` with everything it can be asked for; `value` checks the JSON by its schema."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -39,6 +40,14 @@ def test_all_metrics_by_name(here, other, qtool):
     titles = ("perplexity", "llama.cpp's", "ratio", "KL divergence", "99 % below", "same top")
     assert all(title in table.splitlines()[0] for title in (*titles, "flips"))
     assert "by llama.cpp's rule (second halves only)" in table
+    # Every figure but the size has its standard error, to two digits of it.
+    errors = [metrics[name]["se"] for name in ("ppl", "ppl_llama_cpp", "kld", "top1", "flips")]
+    errors += [metrics["ppl"]["ratio_se"], metrics["kld"]["p99_se"]]
+    row = table.splitlines()[1]
+    assert row.count(" ± ") == sum(error > 0 for error in errors) >= 5
+    kld = metrics["kld"]
+    places = 1 - math.floor(math.log10(kld["se"]))
+    assert f"{kld['mean']:.{places}f} ± {kld['se']:.{places}f}" in row
 
 
 def test_perplexity_is_always_there_and_other_metrics_only_when_asked_for(here, other, qtool):

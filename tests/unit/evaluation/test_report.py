@@ -276,6 +276,19 @@ def test_a_standard_error_that_does_not_exist_is_not_shown(missing):
     assert json.loads(files["report.json"])["results"][0]["metrics"]["kld"]["se"] is None
 
 
+def test_a_model_compared_with_itself_has_a_report():
+    """All its windows agree alike: a standard error of nothing is none."""
+    value = evaluation(gates=["kld<=0"])
+    metrics = value["results"][0]["metrics"]
+    metrics["kld"] |= {key: 0.0 for key in metrics["kld"] if key != "tokens"}
+    metrics["top1"] |= {"value": 1.0, "se": 0.0}
+    metrics["flips"] |= {"value": 0.0, "se": 0.0}
+    metrics["ppl"] |= {"ratio": 1.0, "ratio_se": 0.0}
+    page = Page(report_files(value)["index.html"]).words
+    assert "100.0 %" in page
+    assert "100.0 ±" not in page
+
+
 def test_without_an_original_the_report_says_what_that_means():
     value = evaluation(gates=[])
     MISSING["no reference"](value)
@@ -451,6 +464,7 @@ def test_rounding_up_does_not_add_a_digit_or_lose_one():
     assert plain(0.09996) == "0.100"
     assert plain(None) == "-"
     assert percent_with_error(Figure(0.9646, 0.0009)) == "96.46 ± 0.09 %"
+    assert percent_with_error(Figure(1.0, 1e-12)) == "100.000000 ± 0.000000 %"
     assert [tick(v) for v in (150.0, 0.05, 1000.0, 1e-5, 2e-5, 2.5)] == [
         "150", "0.05", "1000", "10⁻⁵", "2·10⁻⁵", "2.5"]  # fmt: skip
 
