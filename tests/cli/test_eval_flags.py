@@ -257,6 +257,7 @@ def test_logits_that_are_no_numbers_are_a_numerical_failure(here, other, qtool, 
     outcome = qtool("eval", "./model", "--ref", other, *SMALL, *cached)
     assert outcome.code == 8
     assert "other gives logits that are not finite" in outcome.err
+    assert "more bits" not in outcome.err  # that would not mend an original
 
 
 # --- progress ------------------------------------------------------------------------------------
