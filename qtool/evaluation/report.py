@@ -117,11 +117,16 @@ def _checked(final: Path) -> Path:
     if not names or (not strange and FIGURES in names and final.resolve() != Path.cwd()):
         return final.parent.resolve() / final.name
     raise UsageError(
-        f"{shown_path(final)} holds other files than a report: {shown_path(Path(*strange[:3]))}"
+        f"{shown_path(final)} holds other files than a report: {_listed(strange)}"
         if strange
         else f"{shown_path(final)} cannot be replaced by a report",
         "choose another directory for --report",
     )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shown_path(Path(name)) for name in names[:3]) + more
 
 
 def _about_report(error: QtoolError) -> QtoolError:

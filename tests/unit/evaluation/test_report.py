@@ -482,6 +482,13 @@ def test_an_older_report_is_replaced_and_nothing_else_is(tmp_path):
     assert (place / "notes.txt").read_text() == "mine"
 
 
+def test_what_is_in_the_way_is_listed(tmp_path):
+    for name in ("a", "b", "c", "d", "e"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="other files than a report: a, b, c and 2 more"):
+        check_report(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "model"])
 def test_what_is_in_the_way_is_refused(tmp_path, kind):
     place = tmp_path / "report"
