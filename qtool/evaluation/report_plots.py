@@ -322,7 +322,7 @@ def loss_by_domain(facts: Facts, width: int) -> Drawing | None:
             for name, height in zip(names, heights, strict=True):
                 drawing.text(room - 4, height + 4, name, "row-name", "end")
         bottom = above + panel_height - 30
-        drawing.text(left + 8, above + 15, fitted(kind, panel_width - 20), "panel")
+        drawing.text(left + 8, above + 15, fitted(kind, panel_width - 20, bold=True), "panel")
         for value in axis.ticks(4 if panel_width < 240 else 6):
             drawing.line(axis.at(value), above + top, axis.at(value), bottom, "grid")
             drawing.text(axis.at(value), bottom + 16, tick(value), "tick", "middle")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import accumulate
 
 from qtool.evaluation.report_numbers import tick
 
@@ -16,6 +17,7 @@ FONT = 12.0  # pixels
 HEADING = 15.0
 GAP = 3.0
 MARGIN = 16.0  # around a drawing in a file of its own
+_SLIM, _BROAD = frozenset(" !'(),-./:;I[\\]fijlrt|⁰¹²³⁴⁵⁶⁷⁸⁹·"), frozenset("%@MWmw…")
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class Drawing:
         size = f' width="{width:.0f}" height="{height:.0f}"'
         paper = f'<rect class="paper" x="{left:.0f}" y="{top:.0f}" width="100%" height="100%"/>'
         above = Drawing(self.width, head, "")
-        above.text(0, HEADING - head, fitted(heading, self.width * FONT / HEADING), "heading")
+        shown = fitted(heading, self.width * FONT / HEADING, bold=True)
+        above.text(0, HEADING - head, shown, "heading")
         for index, line in enumerate(lines):
             above.text(0, HEADING + 4 + (FONT + 4) * (index + 1) - head, line, "name")
         body = "\n".join([*above.parts, *self.parts])
@@ -197,7 +200,16 @@ class Drawing:
 
 def text_width(text: str, *, bold: bool = False) -> float:
     """Return about how wide a sans-serif font draws text, rather too wide than too narrow."""
-    return sum(0.62 if ord(c) < 0x2E80 else 1.05 for c in text) * FONT * (1.13 if bold else 1)
+    return sum(map(_letter_width, text)) * FONT * (1.13 if bold else 1)
+
+
+def _letter_width(letter: str) -> float:
+    """Return a share of the font's size, after DejaVu Sans, one of the widest."""
+    if letter in _SLIM:
+        return 0.42
+    if letter in _BROAD or ord(letter) >= 0x2E80:
+        return 1.05
+    return 0.82 if letter.isupper() or letter in "#+<=>^~&" or ord(letter) >= 0x370 else 0.65
 
 
 def _broken(text: str, width: float) -> list[str]:
@@ -212,9 +224,12 @@ def _broken(text: str, width: float) -> list[str]:
     return [line for line in lines if line]
 
 
-def fitted(text: str, width: float) -> str:
+def fitted(text: str, width: float, *, bold: bool = False) -> str:
     """Return text cut to a width."""
-    return text if text_width(text) <= width else f"{text[: max(1, int(width / FONT / 0.62) - 1)]}…"
+    if text_width(text, bold=bold) <= width:
+        return text
+    ends = accumulate(text_width(letter, bold=bold) for letter in f"…{text}")
+    return f"{text[: max(1, sum(end <= width for end in ends) - 1)]}…"
 
 
 def grid(drawing: Drawing, x: Axis, y: Axis, *, names: tuple[str, str]) -> None:

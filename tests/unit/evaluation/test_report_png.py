@@ -16,6 +16,7 @@ from qtool.evaluation.report import OUR_FILES, write_report
 from qtool.evaluation.report_page import image_of, plot_files, plot_images, plot_style
 from qtool.evaluation.report_png import SCALE, can_draw, plain_style, png
 from qtool.evaluation.report_reading import facts_of
+from qtool.evaluation.report_svg import text_width
 
 SVG = "{http://www.w3.org/2000/svg}"
 WHITE, ACCENT = (255, 255, 255), (0x0B, 0x63, 0xC5)
@@ -187,6 +188,23 @@ def test_every_sign_of_a_plot_has_a_letter_of_its_own():
     assert len(pictures) == len(signs)
     assert letters(" ") not in pictures
     assert letters("\ue000") not in pictures
+
+
+@pytest.mark.parametrize("bold", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    ["SmolLM2-135M-Instruct-AWQ-w4g64", "Q4_K_M", "WMwm@%", "0123456789", "gate: kld<=0.05",
+     "noise floor: bfloat16", "KL divergence (nats per token)",
+     "illicit.filter", "±·…⁻⁹", "модель"],
+)  # fmt: skip
+def test_text_is_drawn_no_wider_than_labels_suppose(text, bold):
+    weight = ' font-weight="600"' if bold else ""
+    words = f'<text x="10" y="20" font-size="12"{weight}>{escape(text)}</text>'
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" width="500" height="30">'
+    ink = (Picture(png(f"{frame}{words}</svg>")).pixels[..., :3] < 128).all(axis=2)
+    (columns,) = np.nonzero(ink.any(axis=0))
+    drawn = (columns.max() + 1) / SCALE - 10
+    assert drawn <= text_width(text, bold=bold) < 1.5 * drawn
 
 
 def test_bold_letters_are_not_those_of_regular_ones():
