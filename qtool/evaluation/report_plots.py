@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from qtool.evaluation.report_facts import Facts, Figure, Row
@@ -15,10 +16,12 @@ from qtool.evaluation.report_numbers import place, size, tick, with_error
 from qtool.evaluation.report_svg import (
     FONT,
     GAP,
+    NOTE,
     Axis,
     Box,
     Drawing,
     axis_for,
+    beside_line,
     fitted,
     grid,
     place_labels,
@@ -51,8 +54,12 @@ def loss_against_size(facts: Facts, width: int) -> Drawing | None:
     grid(drawing, x, y, names=("size", LOSS))
     for value in x.ticks(4 if narrow else 7):
         drawing.line(x.at(value), y.start, x.at(value), y.start + 4, "axis")
-        drawing.text(x.at(value), y.start + 18, shown_size(value), "tick", "middle")
-    taken = [*_horizontals(drawing, facts, x, y), *_size_gates(drawing, facts, x, y)]
+        half = text_width(shown_size(value)) / 2
+        middle = min(x.at(value), width - half)
+        drawing.text(middle, y.start + 18, shown_size(value), "tick", "middle")
+    levels = _levels(facts, y)
+    taken = _size_gates(drawing, facts, x, y, [level.height for level in levels])
+    taken += _horizontals(drawing, levels, x, taken)
     frontier = [
         (x.at(float(row.n_bytes or 0)), _height(y, row.kld)) for row in rows if row.frontier
     ]
@@ -109,31 +116,50 @@ def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _horizontals(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
-    """Draw the noise floor and the limits of gates on KL divergence; return what they cover."""
-    lines: list[tuple[float, str, str]] = []
+@dataclass(frozen=True)
+class Level:
+    """A level line at a pixel, its names from long to short, and the class of its colour."""
+
+    height: float
+    names: tuple[str, ...]
+    kind: str
+
+
+def _levels(facts: Facts, y: Axis) -> list[Level]:
+    """Return the noise floor and the limits of gates on KL divergence, from above."""
+    found = []
     if facts.noise and facts.noise.value > 0:
-        name = f"noise floor: the original in {facts.noise_dtype or 'another dtype'}"
-        lines.append((facts.noise.value, name, "noise"))
+        dtype = facts.noise_dtype or "another dtype"
+        both = (f"noise floor: the original in {dtype}", f"noise floor: {dtype}")
+        found.append(Level(y.at(facts.noise.value), both, "noise"))
     gates = {g.limit: g.expression for row in facts.rows for g in row.gates if g.metric == "kld"}
     for limit, expression in gates.items():
         if limit is not None and y.low < limit < y.high:
-            lines.append((limit, f"gate: {expression}", "limit"))
-    taken = []
-    for value, name, kind in lines:
-        height = y.at(value)
-        drawing.line(x.start, height, x.end, height, kind)
-        width = text_width(name)
-        drawing.text(x.end - 2, height - 5, name, f"note {kind}-name", "end")
-        taken += [
-            Box(x.end - width - 4, height - FONT - 6, x.end, height),
-            Box(x.start, height - 1, x.end, height + 1),
-        ]
-    return taken
+            found.append(Level(y.at(limit), (f"gate: {expression}",), "limit"))
+    return sorted(found, key=lambda level: level.height)
 
 
-def _size_gates(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
-    """Draw the limits of gates on size; return what they cover."""
+def _horizontals(
+    drawing: Drawing, levels: Sequence[Level], x: Axis, taken: Sequence[Box]
+) -> list[Box]:
+    """Draw level lines with their names; return what they cover."""
+    lines = [Box(x.start, level.height - 1, x.end, level.height + 1) for level in levels]
+    labels: list[Box] = []
+    for level in levels:
+        drawing.line(x.start, level.height, x.end, level.height, level.kind)
+        name, label = beside_line(level.names, level.height, x, [*taken, *labels], lines)
+        kind = f"note {level.kind}-name"
+        drawing.text(label.held, label.box.bottom - GAP, name, kind, label.anchor)
+        labels.append(label.box)
+    return [*lines, *labels]
+
+
+def _size_gates(
+    drawing: Drawing, facts: Facts, x: Axis, y: Axis, levels: Sequence[float]
+) -> list[Box]:
+    """Draw the limits of gates on size, named where no level line is; return what they cover."""
+    crowded = any(height > y.start - 40 for height in levels)
+    base = y.end + NOTE if crowded else y.start - 8
     gates = {g.limit: g.expression for row in facts.rows for g in row.gates if g.metric == "size"}
     taken = []
     for limit, expression in gates.items():
@@ -143,10 +169,10 @@ def _size_gates(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
             room = text_width(name) + 8
             left = across if across + room < x.end else across - room
             side = "start" if left == across else "end"
-            drawing.text(across + (5 if side == "start" else -5), y.start - 8, name, CAP, side)
+            drawing.text(across + (5 if side == "start" else -5), base, name, CAP, side)
             taken += [
                 Box(across - 1, y.end, across + 1, y.start),
-                Box(left, y.start - 22, left + room, y.start),
+                Box(left, base - 14, left + room, base + 8),
             ]
     return taken
 

@@ -14,6 +14,7 @@ from itertools import accumulate
 from qtool.evaluation.report_numbers import tick
 
 FONT = 12.0  # pixels
+NOTE = 11.0
 HEADING = 15.0
 GAP = 3.0
 MARGIN = 16.0  # around a drawing in a file of its own
@@ -254,7 +255,7 @@ class Label:
 
     box: Box
     anchor: str
-    led: bool
+    led: bool = False
 
     @property
     def held(self) -> float:
@@ -293,6 +294,28 @@ def place_labels(
         if found is not None:
             filled.append(found.box)
     return placed
+
+
+def beside_line(
+    names: Sequence[str], height: float, x: Axis, taken: Sequence[Box], lines: Sequence[Box]
+) -> tuple[str, Label]:
+    """Return the longest name that meets nothing at an end of a level line, and its place there.
+
+    Where that cannot be, it lies on another level line rather than on what is `taken`.
+    """
+    tall = NOTE + 3
+    places = []
+    for top in (height - 2 - tall, height + 2):
+        for name in names:
+            wide = text_width(name) * NOTE / FONT
+            right = Box(x.end - 2 - wide, top, x.end - 2, top + tall)
+            left = Box(x.start + 2, top, x.start + 2 + wide, top + tall)
+            places += [(name, Label(right, "end")), (name, Label(left, "start"))]
+    for avoided in ([*taken, *lines], taken):
+        for name, label in places:
+            if not any(label.box.meets(box) for box in avoided):
+                return name, label
+    return places[2 * len(names) - 2]
 
 
 def _candidates(x: float, y: float, width: float, height: float) -> list[Label]:

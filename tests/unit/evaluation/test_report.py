@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from builders.evaluations import MODELS, evaluation
+from fontTools.ttLib import TTFont
 
 from qtool.errors import UsageError
 from qtool.evaluation.report import OUR_FILES, check_report, report_files, write_report
@@ -19,6 +20,7 @@ from qtool.evaluation.report_layers import layers_beside, with_layers
 from qtool.evaluation.report_markdown import literal
 from qtool.evaluation.report_numbers import percent_with_error, plain, tick, with_error
 from qtool.evaluation.report_plots import NARROW, WIDE, Figure, loss_against_size
+from qtool.evaluation.report_png import font_files
 from qtool.evaluation.report_reading import facts_of
 from qtool.evaluation.report_svg import Axis, Box, axis_for, place_labels, spread_out
 from qtool.evaluation.report_words import alerts, verdict
@@ -383,6 +385,31 @@ def test_gates_and_the_noise_floor_are_lines_in_the_plot():
     assert "gate: kld<=0.07" in found
     assert "gate: size<=800kB" in found
     assert "noise floor: the original in bfloat16" in found
+
+
+def box_of_note(element):
+    """The rectangle of a text in 11 pixels of DejaVu Sans, by the advances in the font itself."""
+    font = TTFont(font_files()[0])
+    letters, advances = font.getBestCmap(), font["hmtx"]
+    units = sum(advances[letters[ord(letter)]][0] for letter in element.text)
+    width, x, y = 11 * units / font["head"].unitsPerEm, *(float(element.get(a)) for a in "xy")
+    left = x - width if element.get("text-anchor") == "end" else x
+    return Box(left, y - 9, left + width, y + 2)
+
+
+@pytest.mark.parametrize("limit", range(540, 1120, 20))
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_names_of_level_lines_do_not_cross_the_gate_on_size(width, limit):
+    facts = facts_of(evaluation(gates=["kld<=0.0005", f"size<={limit}kB"]))
+    svg = loss_against_size(facts, width).svg()
+    upright = [float(line.get("x1")) for line in ET.fromstring(svg).iter(f"{SVG}line")
+               if line.get("class") == "limit" and line.get("x1") == line.get("x2")]  # fmt: skip
+    boxes = [box_of_note(note) for note in ET.fromstring(svg).iter(f"{SVG}text")
+             if note.text.startswith(("noise", "gate: kld"))]  # fmt: skip
+    assert (len(upright), len(boxes)) == (1, 2)
+    assert not any(box.left < upright[0] < box.right for box in boxes)
+    assert not boxes[0].meets(boxes[1])
+    assert all(box.left >= 0 and box.right <= width for box in boxes)
 
 
 @pytest.mark.parametrize(
