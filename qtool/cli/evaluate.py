@@ -165,10 +165,13 @@ def _write_report(
     """Write the report, with the layers' errors that quantize noted beside a model."""
     from qtool.evaluation.report import write_report
     from qtool.evaluation.report_layers import with_layers
+    from qtool.evaluation.report_png import EXTRA, can_draw
 
     places = [m.gguf[0].path if m.gguf else m.path for m in models]
     written = write_report(with_layers(value, places), directory)
     terminal.note(f"report: {written[0]}")
+    if not can_draw() and any(path.suffix == ".svg" for path in written):
+        terminal.note(f"PNG files of the plots need: {EXTRA}")
 
 
 def _names(metrics: str | None, gates: Sequence[Gate], *, has_reference: bool) -> tuple[str, ...]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.untrusted import printable
+from qtool.cli.comparison_table import ComparisonTable
 from qtool.evaluation.buckets import bucket_json
 from qtool.evaluation.domains import domain_json
 from qtool.evaluation.gates import GateOutcome, gate_error, gate_json, shown_outcome
 from qtool.evaluation.metrics_json import divergence_json
+from qtool.evaluation.report_facts import Figure
+from qtool.evaluation.report_numbers import percent_with_error, with_error
 from qtool.pipeline.evaluate import NOISE_DTYPE, metrics_of
 from qtool.pipeline.layer_errors import layer_errors
 from qtool.pipeline.tokenizer_check import TokenizerCheck, tokenizer_json
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from qtool.calibration.tokens import Windows
     from qtool.checkpoint.locate import Checkpoint
+    from qtool.evaluation.divergence import ApproximationError
     from qtool.evaluation.perplexity import Estimate
     from qtool.pipeline.evaluate import Evaluated, Evaluation
 
@@ -144,7 +148,7 @@ def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableTy
     from rich.text import Text
 
     parts: list[RenderableType] = [_table(report)]
-    for result in report.evaluation.results:
+    for result, _ in _by_size(report):
         parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
     parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
     parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
@@ -167,20 +171,23 @@ def _plain_table(first: str, titles: Sequence[str]) -> Table:
     return table
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report) -> ComparisonTable:
     results = report.evaluation.results
     asked = {name for result in results for name in report.names(result)}
     compared = report.original is not None
-    titles = ["format", "size", "perplexity"]
+    titles = ["model", "format", "size", "perplexity"]
     titles += ["llama.cpp's"] if "ppl_llama_cpp" in asked else []
     titles += ["ratio"] if compared else []
     titles += ["KL divergence", "99 % below"] if compared and "kld" in asked else []
     titles += ["same top"] if compared and "top1" in asked else []
     titles += ["flips"] if compared and "flips" in asked else []
-    table = _plain_table("model", titles)
-    for result in sorted(results, key=lambda r: r.n_bytes):
-        table.add_row(*_row(result, asked))
-    return table
+    return ComparisonTable(titles, [_row(result, asked) for result, _ in _by_size(report)])
+
+
+def _by_size(report: Report) -> list[tuple[Evaluated, TokenizerCheck | None]]:
+    """Return results with what was found about their tokenizers, the smallest first."""
+    both = zip(report.evaluation.results, report.checks, strict=True)
+    return sorted(both, key=lambda pair: pair[0].n_bytes)
 
 
 def _row(result: Evaluated, asked: set[str]) -> list[str]:
@@ -192,12 +199,12 @@ def _row(result: Evaluated, asked: set[str]) -> list[str]:
     comparison = result.comparison
     if comparison is None:
         return row
-    row.append(f"{comparison.ratio.value:.4f}")
+    row.append(with_error(_figure(comparison.ratio), 5))
     if "kld" in asked:
-        row.append(_with_error(comparison.divergence, 4))
-        row.append(f"{comparison.divergence_p99.value:.3g}")
-    row += [_percent(comparison.top1)] if "top1" in asked else []
-    row += [_percent(comparison.flips)] if "flips" in asked else []
+        row.append(with_error(_figure(comparison.divergence)))
+        row.append(with_error(_figure(comparison.divergence_p99)))
+    row += [percent_with_error(_figure(comparison.top1))] if "top1" in asked else []
+    row += [percent_with_error(_figure(comparison.flips))] if "flips" in asked else []
     return row
 
 
@@ -210,7 +217,8 @@ def _positions(result: Evaluated) -> Table | None:
     for bucket in result.positions:
         row = [f"{bucket.start} to {bucket.stop}", _with_error(bucket.loss, 4)]
         if bucket.reference_loss is not None and bucket.divergence is not None:
-            row += [_with_error(bucket.reference_loss, 4), _with_error(bucket.divergence, 4)]
+            row.append(_with_error(bucket.reference_loss, 4))
+            row.append(with_error(_figure(bucket.divergence)))
         table.add_row(*row, str(bucket.loss.tokens))
     return table
 
@@ -224,9 +232,10 @@ def _domains(result: Evaluated) -> Table | None:
     for name, scores in result.domains.items():
         row = [name, f"{scores.perplexity.value:.2f}"]
         if scores.reference_perplexity is not None and scores.divergence is not None:
-            row += [f"{scores.reference_perplexity.value:.2f}", _with_error(scores.divergence, 4)]
+            row.append(f"{scores.reference_perplexity.value:.2f}")
+            row.append(with_error(_figure(scores.divergence)))
         if scores.top1 is not None:
-            row.append(_percent(scores.top1))
+            row.append(percent_with_error(_figure(scores.top1)))
         table.add_row(*row, str(scores.perplexity.tokens))
     return table
 
@@ -243,22 +252,22 @@ def _notes(report: Report) -> list[str]:
         if half is not None and "ppl_llama_cpp" in report.names(first):
             note += f", {half[1].value:.3f} by llama.cpp's rule (second halves only)"
     notes = [note]
-    for result, check in zip(report.evaluation.results, report.checks, strict=True):
+    for result, check in _by_size(report):
         if check is not None and check.differences:
             source = result.checkpoint.source
             notes.append(f"TOKENIZER OF {source} DIFFERS: {'; '.join(check.differences)}")
         error = None if result.comparison is None else result.comparison.approximation
         if error is not None:
-            spread = "" if math.isnan(error.standard_error) else f" ± {error.standard_error:.1g}"
+            off = with_error(_figure(error), 2)
             notes.append(
                 f"{result.checkpoint.source}: divergence from the cache is off by "
-                f"{error.value:.1g}{spread} (measured on {error.tokens} tokens)"
+                f"{off} (measured on {error.tokens} tokens)"
             )
     floor = report.evaluation.noise_floor
     if floor is not None:
         notes.append(
             f"noise floor: the original in {NOISE_DTYPE} diverges from itself by "
-            f"{_with_error(floor.divergence, 6)}"
+            f"{with_error(_figure(floor.divergence))}"
         )
     return notes
 
@@ -273,8 +282,11 @@ def _next(report: Report) -> str:
     return f"next: qtool quantize {source}"
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} %"
+def _figure(estimate: Estimate | ApproximationError) -> Figure:
+    """Return a mean as reports show it: to the digits that its standard error supports."""
+    error = estimate.standard_error
+    # Windows that are all alike say nothing about their spread.
+    return Figure(estimate.value, error if error > 0 else None)
 
 
 def _with_error(estimate: Estimate, digits: int) -> str:

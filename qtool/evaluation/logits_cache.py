@@ -209,7 +209,9 @@ def write_error(path: Path, error: OSError) -> QtoolError:
     """Return the refusal that tells a user why the cache could not be written."""
     message = f"cannot write the logits cache {shown_path(path)}: {error.strerror or error}"
     if error.errno in FULL_DISK or error.errno == errno.ENOMEM:
-        return CapacityError(message, "free some space or choose another --logits-cache")
+        # What is in it already is found again.
+        hint = "free some space or choose another --logits-cache"
+        return CapacityError(message, hint, resumable=True)
     return UsageError(message, "choose a directory for --logits-cache that you may write to")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,26 @@ from qtool.checkpoint.output import OutputDirectory, check_output, write_error
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import QtoolError, UsageError
 from qtool.evaluation.report_markdown import markdown
-from qtool.evaluation.report_page import PLOTS, page, plot_files
+from qtool.evaluation.report_page import PLOTS, image_of, page, plot_files, plot_images
 from qtool.evaluation.report_reading import facts_of
 from qtool.json_text import json_text
 
 PAGE, TEXT, FIGURES = "index.html", "REPORT.md", "report.json"
-OUR_FILES = frozenset({PAGE, TEXT, FIGURES, *(plot.file for plot in PLOTS)})
+_DRAWN = [name for plot in PLOTS for name in (plot.file, image_of(plot.file))]
+OUR_FILES = frozenset({PAGE, TEXT, FIGURES, *_DRAWN})
 
 
-def report_files(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return file name -> content of a report.
+def report_files(result: Mapping[str, Any], images: Collection[str] = ()) -> dict[str, str]:
+    """Return file name -> content of a report, but for its PNG files.
 
     Args:
         result: the object that `qtool eval --json` prints; what it lacks is left out.
+        images: PNG files that will lie beside.
     """
     facts = facts_of(result)
     plots = plot_files(facts)
     return {
-        PAGE: page(facts),
+        PAGE: page(facts, images),
         TEXT: markdown(facts, list(plots)),
         **plots,
         FIGURES: f"{json_text(result, indent=1)}\n",
@@ -37,7 +39,7 @@ def report_files(result: Mapping[str, Any]) -> dict[str, str]:
 def write_report(result: Mapping[str, Any], directory: Path) -> tuple[Path, ...]:
     """Write a report, complete or not at all, and return its files, the page first.
 
-    An older report in the directory is replaced.
+    An older report in the directory is replaced. PNG files are left out without the extra.
 
     Args:
         result: the object that `qtool eval --json` prints.
@@ -47,13 +49,14 @@ def write_report(result: Mapping[str, Any], directory: Path) -> tuple[Path, ...]
         UsageError: something else is in the way.
         CapacityError: the disk is full.
     """
-    files = report_files(result)
+    images = plot_images(facts_of(result))
+    files = {name: text.encode() for name, text in report_files(result, images).items()} | images
     try:
         place = _ReportDirectory(directory)
         with place as partial:
             for name, content in files.items():
                 try:
-                    (partial / name).write_text(content, encoding="utf-8")
+                    (partial / name).write_bytes(content)
                 except OSError as error:
                     raise write_error(partial / name, error) from error
             final = place.commit()
@@ -92,11 +95,16 @@ def _checked(final: Path) -> Path:
     if not names or (not strange and FIGURES in names and final.resolve() != Path.cwd()):
         return final.parent.resolve() / final.name
     raise UsageError(
-        f"{shown_path(final)} holds other files than a report: {shown_path(Path(*strange[:3]))}"
+        f"{shown_path(final)} holds other files than a report: {_listed(strange)}"
         if strange
         else f"{shown_path(final)} cannot be replaced by a report",
         "choose another directory for --report",
     )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shown_path(Path(name)) for name in names[:3]) + more
 
 
 def _about_report(error: QtoolError) -> QtoolError:

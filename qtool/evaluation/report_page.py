@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from qtool.evaluation.report_plots import (
     loss_by_domain,
     loss_by_position,
 )
+from qtool.evaluation.report_png import can_draw, plain_style, png
 from qtool.evaluation.report_svg import Drawing
 from qtool.evaluation.report_tables import (
     GLOSSARY,
@@ -103,9 +104,32 @@ def plot_style() -> str:
 
 def plot_files(facts: Facts) -> dict[str, str]:
     """Return file name -> SVG of every plot for which there are figures."""
-    drawings = {plot.file: plot.draw(facts, WIDE) for plot in PLOTS}
-    style = plot_style()
-    return {name: drawing.svg(style) for name, drawing in drawings.items() if drawing is not None}
+    return _plots(facts, plot_style())
+
+
+def plot_images(facts: Facts) -> dict[str, bytes]:
+    """Return file name -> PNG of every plot with figures; nothing without the extra."""
+    if not can_draw():
+        return {}
+    plain = _plots(facts, plain_style(plot_style()))
+    return {image_of(name): png(svg) for name, svg in plain.items()}
+
+
+def image_of(plot: str) -> str:
+    """Return the name of the PNG file of a plot."""
+    return f"{plot.removesuffix('.svg')}.png"
+
+
+def _plots(facts: Facts, style: str) -> dict[str, str]:
+    found = {}
+    for plot in PLOTS:
+        drawing = plot.draw(facts, WIDE)
+        if drawing is not None:
+            about = f": {short_name(facts.reference)}" if facts.reference else ""
+            measured = "" if plot.draw is _heat else f"{subtitle_of(facts)}. "
+            heading = f"{plot.heading}{about}"
+            found[plot.file] = drawing.svg_file(style, heading, measured + plot.caption)
+    return found
 
 
 def title_of(facts: Facts) -> str:
@@ -130,8 +154,8 @@ def subtitle_of(facts: Facts) -> str:
     return f"{models}{text}{left}"
 
 
-def page(facts: Facts) -> str:
-    """Return the whole page."""
+def page(facts: Facts, images: Collection[str]) -> str:
+    """Return the whole page; `images` are the PNG files beside it."""
     from markupsafe import Markup
 
     columns = columns_of(facts)
@@ -142,6 +166,8 @@ def page(facts: Facts) -> str:
             # Every text in a drawing was escaped where it was written.
             drawn = {"wide": Markup(wide.svg()), "narrow": Markup(narrow.svg())}  # noqa: S704
             words = {"heading": plot.heading, "caption": plot.caption, "file": plot.file}
+            image = image_of(plot.file)
+            words["image"] = image if image in images else ""
             plots.append({**words, **drawn, "table": plot.table(facts)})
     style = (HERE / "report_style.css").read_text(encoding="utf-8") + plot_style()
     return _template().render(

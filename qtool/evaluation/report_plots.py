@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from qtool.evaluation.report_facts import Facts, Figure, Row
@@ -15,10 +16,13 @@ from qtool.evaluation.report_numbers import place, size, tick, with_error
 from qtool.evaluation.report_svg import (
     FONT,
     GAP,
+    NOTE,
     Axis,
     Box,
     Drawing,
     axis_for,
+    beside_line,
+    fitted,
     grid,
     place_labels,
     spread_out,
@@ -29,6 +33,7 @@ from qtool.recipe.sizes import shown_size
 WIDE, NARROW = 880, 358
 MOST_CURVES = 8
 NINETY_FIVE = 1.96  # standard errors to each side of a mean
+RADIUS = 5  # pixels of a marker
 SHAPES = ("circle", "square", "diamond", "triangle")
 CAP = "note limit-name"
 LOSS = "KL divergence (nats per token)"
@@ -49,8 +54,12 @@ def loss_against_size(facts: Facts, width: int) -> Drawing | None:
     grid(drawing, x, y, names=("size", LOSS))
     for value in x.ticks(4 if narrow else 7):
         drawing.line(x.at(value), y.start, x.at(value), y.start + 4, "axis")
-        drawing.text(x.at(value), y.start + 18, shown_size(value), "tick", "middle")
-    taken = [*_horizontals(drawing, facts, x, y), *_size_gates(drawing, facts, x, y)]
+        half = text_width(shown_size(value)) / 2
+        middle = min(x.at(value), width - half)
+        drawing.text(middle, y.start + 18, shown_size(value), "tick", "middle")
+    levels = _levels(facts, y)
+    taken = _size_gates(drawing, facts, x, y, [level.height for level in levels])
+    taken += _horizontals(drawing, levels, x, taken)
     frontier = [
         (x.at(float(row.n_bytes or 0)), _height(y, row.kld)) for row in rows if row.frontier
     ]
@@ -107,31 +116,50 @@ def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _horizontals(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
-    """Draw the noise floor and the limits of gates on KL divergence; return what they cover."""
-    lines: list[tuple[float, str, str]] = []
+@dataclass(frozen=True)
+class Level:
+    """A level line at a pixel, its names from long to short, and the class of its colour."""
+
+    height: float
+    names: tuple[str, ...]
+    kind: str
+
+
+def _levels(facts: Facts, y: Axis) -> list[Level]:
+    """Return the noise floor and the limits of gates on KL divergence, from above."""
+    found = []
     if facts.noise and facts.noise.value > 0:
-        name = f"noise floor: the original in {facts.noise_dtype or 'another dtype'}"
-        lines.append((facts.noise.value, name, "noise"))
+        dtype = facts.noise_dtype or "another dtype"
+        both = (f"noise floor: the original in {dtype}", f"noise floor: {dtype}")
+        found.append(Level(y.at(facts.noise.value), both, "noise"))
     gates = {g.limit: g.expression for row in facts.rows for g in row.gates if g.metric == "kld"}
     for limit, expression in gates.items():
         if limit is not None and y.low < limit < y.high:
-            lines.append((limit, f"gate: {expression}", "limit"))
-    taken = []
-    for value, name, kind in lines:
-        height = y.at(value)
-        drawing.line(x.start, height, x.end, height, kind)
-        width = text_width(name)
-        drawing.text(x.end - 2, height - 5, name, f"note {kind}-name", "end")
-        taken += [
-            Box(x.end - width - 4, height - FONT - 6, x.end, height),
-            Box(x.start, height - 1, x.end, height + 1),
-        ]
-    return taken
+            found.append(Level(y.at(limit), (f"gate: {expression}",), "limit"))
+    return sorted(found, key=lambda level: level.height)
 
 
-def _size_gates(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
-    """Draw the limits of gates on size; return what they cover."""
+def _horizontals(
+    drawing: Drawing, levels: Sequence[Level], x: Axis, taken: Sequence[Box]
+) -> list[Box]:
+    """Draw level lines with their names; return what they cover."""
+    lines = [Box(x.start, level.height - 1, x.end, level.height + 1) for level in levels]
+    labels: list[Box] = []
+    for level in levels:
+        drawing.line(x.start, level.height, x.end, level.height, level.kind)
+        name, label = beside_line(level.names, level.height, x, [*taken, *labels], lines)
+        kind = f"note {level.kind}-name"
+        drawing.text(label.held, label.box.bottom - GAP, name, kind, label.anchor)
+        labels.append(label.box)
+    return [*lines, *labels]
+
+
+def _size_gates(
+    drawing: Drawing, facts: Facts, x: Axis, y: Axis, levels: Sequence[float]
+) -> list[Box]:
+    """Draw the limits of gates on size, named where no level line is; return what they cover."""
+    crowded = any(height > y.start - 40 for height in levels)
+    base = y.end + NOTE if crowded else y.start - 8
     gates = {g.limit: g.expression for row in facts.rows for g in row.gates if g.metric == "size"}
     taken = []
     for limit, expression in gates.items():
@@ -141,10 +169,10 @@ def _size_gates(drawing: Drawing, facts: Facts, x: Axis, y: Axis) -> list[Box]:
             room = text_width(name) + 8
             left = across if across + room < x.end else across - room
             side = "start" if left == across else "end"
-            drawing.text(across + (5 if side == "start" else -5), y.start - 8, name, CAP, side)
+            drawing.text(across + (5 if side == "start" else -5), base, name, CAP, side)
             taken += [
                 Box(across - 1, y.end, across + 1, y.start),
-                Box(left, y.start - 22, left + room, y.start),
+                Box(left, base - 14, left + room, base + 8),
             ]
     return taken
 
@@ -159,16 +187,30 @@ def _point(drawing: Drawing, row: Row, x: Axis, y: Axis) -> tuple[float, float]:
     across, height = x.at(float(row.n_bytes or 0)), _height(y, row.kld)
     kind = "best" if row.frontier else "other"
     ends = _bar(y, row.kld) if row.kld else None
-    if ends is not None:
-        drawing.line(across, ends[0], across, ends[1], f"bar {kind}-bar")
-        for end in ends:
-            drawing.line(across - 4, end, across + 4, end, f"bar {kind}-bar")
     shape = "cross" if row.passed is False else "circle"
+    if ends is not None:
+        if shape == "circle":
+            drawing.line(across, ends[0], across, ends[1], f"bar {kind}-bar")
+        for end in ends:
+            _bar_end(drawing, (across, height), end, f"bar {kind}-bar", through=shape == "cross")
     if row.kld and row.kld.value <= 0:
         shape = "down"
     title = f"{row.number}. {row.label}: {size(row.n_bytes)}, KL {with_error(row.kld)}"
     drawing.marker(across, height, shape, f"point {kind} {shape}", title)
     return across, height
+
+
+def _bar_end(
+    drawing: Drawing, point: tuple[float, float], end: float, kind: str, *, through: bool
+) -> None:
+    """Draw an end of an error bar; beside a marker that one sees through, only what leaves it."""
+    across, height = point
+    reach = abs(end - height)
+    if through and reach > RADIUS:
+        edge = height + math.copysign(RADIUS, end - height)
+        drawing.line(across, edge, across, end, kind)
+    if not through or reach > 2 * RADIUS:  # else it would make an hourglass of a cross
+        drawing.line(across - 4, end, across + 4, end, kind)
 
 
 def _clearances(point: tuple[float, float], figure: Figure | None, y: Axis) -> list[Box]:
@@ -306,7 +348,7 @@ def loss_by_domain(facts: Facts, width: int) -> Drawing | None:
             for name, height in zip(names, heights, strict=True):
                 drawing.text(room - 4, height + 4, name, "row-name", "end")
         bottom = above + panel_height - 30
-        drawing.text(left + 8, above + 15, _fit(kind, panel_width - 20), "panel")
+        drawing.text(left + 8, above + 15, fitted(kind, panel_width - 20, bold=True), "panel")
         for value in axis.ticks(4 if panel_width < 240 else 6):
             drawing.line(axis.at(value), above + top, axis.at(value), bottom, "grid")
             drawing.text(axis.at(value), bottom + 16, tick(value), "tick", "middle")
@@ -336,7 +378,3 @@ def _domain_dot(drawing: Drawing, row: Row, kind: str, axis: Axis, height: float
     across = axis.at(figure.value) if figure.value > 0 else axis.start
     title = f"{row.label} on {kind}: KL {with_error(figure)}"
     drawing.marker(across, height, "circle", f"point {look} circle", title)
-
-
-def _fit(text: str, width: float) -> str:
-    return text if text_width(text) <= width else f"{text[: max(1, int(width / FONT / 0.62) - 1)]}…"

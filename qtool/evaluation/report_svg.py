@@ -9,11 +9,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import accumulate
 
 from qtool.evaluation.report_numbers import tick
 
 FONT = 12.0  # pixels
+NOTE = 11.0
+HEADING = 15.0
 GAP = 3.0
+MARGIN = 16.0  # around a drawing in a file of its own
+_SLIM, _BROAD = frozenset(" !'(),-./:;I[\\]fijlrt|⁰¹²³⁴⁵⁶⁷⁸⁹·"), frozenset("%@MWmw…")
 
 
 @dataclass(frozen=True)
@@ -165,24 +170,67 @@ class Drawing:
         }[shape]
         self.parts.append(f'<path class="{kind}" d="M{x:.1f} {y:.1f}{route}">{inner}</path>')
 
-    def svg(self, style: str = "") -> str:
-        """Return the drawing; with `style` a file of its own, else to be put into a page."""
-        start = (
+    def svg(self) -> str:
+        """Return the drawing to be put into a page."""
+        return f"{self._start(0, 0, self.width, self.height)}>{''.join(self.parts)}</svg>"
+
+    def svg_file(self, style: str, heading: str, words: str) -> str:
+        """Return the drawing as a file of its own, which says what it shows and has a margin."""
+        lines = _broken(words, self.width)
+        head = HEADING + 8 + (FONT + 4) * len(lines) + 10
+        left, top = -MARGIN, -MARGIN - head
+        width, height = self.width + 2 * MARGIN, self.height + 2 * MARGIN + head
+        size = f' width="{width:.0f}" height="{height:.0f}"'
+        paper = f'<rect class="paper" x="{left:.0f}" y="{top:.0f}" width="100%" height="100%"/>'
+        above = Drawing(self.width, head, "")
+        shown = fitted(heading, self.width * FONT / HEADING, bold=True)
+        above.text(0, HEADING - head, shown, "heading")
+        for index, line in enumerate(lines):
+            above.text(0, HEADING + 4 + (FONT + 4) * (index + 1) - head, line, "name")
+        body = "\n".join([*above.parts, *self.parts])
+        start = self._start(left, top, width, height)
+        return f"{start}{size}>\n<style>{style}</style>\n{paper}\n{body}\n</svg>\n"
+
+    def _start(self, left: float, top: float, width: float, height: float) -> str:
+        return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" '
-            f'viewBox="0 0 {self.width:.0f} {self.height:.0f}" '
+            f'viewBox="{left:.0f} {top:.0f} {width:.0f} {height:.0f}" '
             f'aria-label="{escape(self.title)}"'
         )
-        if not style:
-            return f"{start}>{''.join(self.parts)}</svg>"
-        size = f' width="{self.width:.0f}" height="{self.height:.0f}"'
-        back = '<rect class="paper" width="100%" height="100%"/>'
-        body = "\n".join(self.parts)
-        return f"{start}{size}>\n<style>{style}</style>\n{back}\n{body}\n</svg>\n"
 
 
 def text_width(text: str, *, bold: bool = False) -> float:
     """Return about how wide a sans-serif font draws text, rather too wide than too narrow."""
-    return sum(0.62 if ord(c) < 0x2E80 else 1.05 for c in text) * FONT * (1.13 if bold else 1)
+    return sum(map(_letter_width, text)) * FONT * (1.13 if bold else 1)
+
+
+def _letter_width(letter: str) -> float:
+    """Return a share of the font's size, after DejaVu Sans, one of the widest."""
+    if letter in _SLIM:
+        return 0.42
+    if letter in _BROAD or ord(letter) >= 0x2E80:
+        return 1.05
+    return 0.82 if letter.isupper() or letter in "#+<=>^~&" or ord(letter) >= 0x370 else 0.65
+
+
+def _broken(text: str, width: float) -> list[str]:
+    """Return a paragraph as lines of at most `width`, but for words that are longer."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if text_width(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
+
+
+def fitted(text: str, width: float, *, bold: bool = False) -> str:
+    """Return text cut to a width."""
+    if text_width(text, bold=bold) <= width:
+        return text
+    ends = accumulate(text_width(letter, bold=bold) for letter in f"…{text}")
+    return f"{text[: max(1, sum(end <= width for end in ends) - 1)]}…"
 
 
 def grid(drawing: Drawing, x: Axis, y: Axis, *, names: tuple[str, str]) -> None:
@@ -207,7 +255,7 @@ class Label:
 
     box: Box
     anchor: str
-    led: bool
+    led: bool = False
 
     @property
     def held(self) -> float:
@@ -246,6 +294,28 @@ def place_labels(
         if found is not None:
             filled.append(found.box)
     return placed
+
+
+def beside_line(
+    names: Sequence[str], height: float, x: Axis, taken: Sequence[Box], lines: Sequence[Box]
+) -> tuple[str, Label]:
+    """Return the longest name that meets nothing at an end of a level line, and its place there.
+
+    Where that cannot be, it lies on another level line rather than on what is `taken`.
+    """
+    tall = NOTE + 3
+    places = []
+    for top in (height - 2 - tall, height + 2):
+        for name in names:
+            wide = text_width(name) * NOTE / FONT
+            right = Box(x.end - 2 - wide, top, x.end - 2, top + tall)
+            left = Box(x.start + 2, top, x.start + 2 + wide, top + tall)
+            places += [(name, Label(right, "end")), (name, Label(left, "start"))]
+    for avoided in ([*taken, *lines], taken):
+        for name, label in places:
+            if not any(label.box.meets(box) for box in avoided):
+                return name, label
+    return places[2 * len(names) - 2]
 
 
 def _candidates(x: float, y: float, width: float, height: float) -> list[Label]:

@@ -96,16 +96,23 @@ def _checked(scores: RowScores, names: tuple[str, str]) -> RowScores:
     faults = ((1, moved.reference_losses), (0, moved.losses), (0, moved.divergences))
     for name, values in faults:
         if values is not None and not bool(torch.isfinite(values).all()):
-            raise not_finite(names[name])
+            raise not_finite(names[name], original=name == 1)
     return moved
 
 
-def not_finite(name: str) -> NumericalError:
-    """Return the error for a model whose logits are no numbers."""
-    return NumericalError(
-        f"{printable(name)} gives logits that are not finite",
-        "the model overflows; try another --dtype, or make it again with more bits",
+def not_finite(name: str, *, original: bool = False) -> NumericalError:
+    """Return the error for a model whose logits are no numbers.
+
+    Args:
+        name: of the model.
+        original: whether others are compared with it, so that no quantization made it so.
+    """
+    hint = (
+        "nothing can be compared with it: try another --dtype, or get the original again"
+        if original
+        else "the model overflows; try another --dtype, or make it again with more bits"
     )
+    return NumericalError(f"{printable(name)} gives logits that are not finite", hint)
 
 
 def _on_cpu(values: Any) -> Any:

@@ -180,7 +180,7 @@ class CachedReference:
                 pieces = (piece[:, :vocabulary] for piece in model.pieces())
                 for index in windows:
                     if not cache.save(index, pieces):
-                        raise not_finite(self._checkpoint.name)
+                        raise not_finite(self._checkpoint.name, original=True)
                     tick()
                 setting.progress.finish()
 

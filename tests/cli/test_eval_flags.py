@@ -1,9 +1,11 @@
 """`qtool eval` with everything it can be asked for; `value` checks the JSON by its schema."""
 
 import json
+import math
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,6 +40,14 @@ def test_all_metrics_by_name(here, other, qtool):
     titles = ("perplexity", "llama.cpp's", "ratio", "KL divergence", "99 % below", "same top")
     assert all(title in table.splitlines()[0] for title in (*titles, "flips"))
     assert "by llama.cpp's rule (second halves only)" in table
+    # Every figure but the size has its standard error, to two digits of it.
+    errors = [metrics[name]["se"] for name in ("ppl", "ppl_llama_cpp", "kld", "top1", "flips")]
+    errors += [metrics["ppl"]["ratio_se"], metrics["kld"]["p99_se"]]
+    row = table.splitlines()[1]
+    assert row.count(" ± ") == sum(error > 0 for error in errors) >= 5
+    kld = metrics["kld"]
+    places = 1 - math.floor(math.log10(kld["se"]))
+    assert f"{kld['mean']:.{places}f} ± {kld['se']:.{places}f}" in row
 
 
 def test_perplexity_is_always_there_and_other_metrics_only_when_asked_for(here, other, qtool):
@@ -90,6 +100,21 @@ def test_layers_come_from_the_report_beside_a_model(here, packed, qtool):
     assert len(layers) == 14
     assert all(layer["relative_error"] > 0 for layer in layers)
     assert "layers" not in qtool("eval", "./model", *SMALL, "--json").value["results"][0]
+
+
+@pytest.mark.parametrize("missing", ["resvg_py", "matplotlib", None])
+def test_a_report_without_png_files_says_what_they_need(here, other, qtool, monkeypatch, missing):
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    run = qtool("eval", other, *REF, *SMALL, "--domains", "--report", "page")
+    assert run.code == 0
+    assert run.err.count("PNG files of the plots need: pip install 'qtool-llm[plots]'") == (
+        1 if missing else 0
+    )
+    drawn = {path.name for path in (here / "page").iterdir() if "kl-by-domain" in path.name}
+    assert drawn == {"kl-by-domain.svg", *([] if missing else ["kl-by-domain.png"])}
+    figures = qtool("eval", other, "--ctx", "16", "-n", "2", "--report", "figures")
+    assert "PNG" not in figures.err  # a perplexity alone has no plots
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -232,6 +257,7 @@ def test_logits_that_are_no_numbers_are_a_numerical_failure(here, other, qtool, 
     outcome = qtool("eval", "./model", "--ref", other, *SMALL, *cached)
     assert outcome.code == 8
     assert "other gives logits that are not finite" in outcome.err
+    assert "more bits" not in outcome.err  # that would not mend an original
 
 
 # --- progress ------------------------------------------------------------------------------------

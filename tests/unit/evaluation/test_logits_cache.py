@@ -1,5 +1,6 @@
 """The logits cache: whole windows or none, continued, repaired, and never another model's."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from builders.tiny_models import tiny_model, token_ids
 
 from qtool.calibration.tokens import DatasetSource, Windows
 from qtool.checkpoint.locate import locate
-from qtool.errors import DamagedError, UsageError
+from qtool.errors import CapacityError, DamagedError, UsageError
 from qtool.evaluation import logits_cache
 from qtool.evaluation.logits_cache import LogitsCache, identity
 from qtool.evaluation.rows import WholeRows
@@ -122,6 +123,22 @@ def test_the_same_windows_give_the_same_bytes(tmp_path):
         filled(tmp_path / name, logits_of(2))
     one, two = (files(tmp_path / name) for name in ("one", "two"))
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_a_full_disk_keeps_what_is_there_and_can_be_continued(tmp_path, monkeypatch):
+    cache = LogitsCache(tmp_path, KEY, ids(), VOCABULARY)
+    pieces = row_pieces(logits_of(2))
+    assert cache.save(0, pieces)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logits_cache.Path, "write_bytes", full)
+        with pytest.raises(CapacityError, match="No space left") as caught:
+            cache.save(1, pieces)
+    assert caught.value.resumable
+    assert cache.missing() == ([1, 2, 3], 0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from builders.evaluations import MODELS, evaluation
+from fontTools.ttLib import TTFont
 
 from qtool.errors import UsageError
 from qtool.evaluation.report import OUR_FILES, check_report, report_files, write_report
@@ -19,6 +20,7 @@ from qtool.evaluation.report_layers import layers_beside, with_layers
 from qtool.evaluation.report_markdown import literal
 from qtool.evaluation.report_numbers import percent_with_error, plain, tick, with_error
 from qtool.evaluation.report_plots import NARROW, WIDE, Figure, loss_against_size
+from qtool.evaluation.report_png import font_files
 from qtool.evaluation.report_reading import facts_of
 from qtool.evaluation.report_svg import Axis, Box, axis_for, place_labels, spread_out
 from qtool.evaluation.report_words import alerts, verdict
@@ -276,6 +278,19 @@ def test_a_standard_error_that_does_not_exist_is_not_shown(missing):
     assert json.loads(files["report.json"])["results"][0]["metrics"]["kld"]["se"] is None
 
 
+def test_a_model_compared_with_itself_has_a_report():
+    """All its windows agree alike: a standard error of nothing is none."""
+    value = evaluation(gates=["kld<=0"])
+    metrics = value["results"][0]["metrics"]
+    metrics["kld"] |= {key: 0.0 for key in metrics["kld"] if key != "tokens"}
+    metrics["top1"] |= {"value": 1.0, "se": 0.0}
+    metrics["flips"] |= {"value": 0.0, "se": 0.0}
+    metrics["ppl"] |= {"ratio": 1.0, "ratio_se": 0.0}
+    page = Page(report_files(value)["index.html"]).words
+    assert "100.0 %" in page
+    assert "100.0 ±" not in page
+
+
 def test_without_an_original_the_report_says_what_that_means():
     value = evaluation(gates=[])
     MISSING["no reference"](value)
@@ -323,7 +338,7 @@ def test_labels_of_a_crowd_do_not_lie_on_each_other(width):
         for index in range(14)
     ]  # fmt: skip
     facts = facts_of(evaluation(models))
-    svg = loss_against_size(facts, width).svg("x")
+    svg = loss_against_size(facts, width).svg()
     names = {row.label for row in facts.rows} | {str(row.number) for row in facts.rows}
     boxes = boxes_of_labels(svg, names)
     assert len(boxes) >= 8
@@ -334,7 +349,7 @@ def test_labels_of_a_crowd_do_not_lie_on_each_other(width):
 
 def test_a_bar_spans_95_percent():
     value = evaluation([("a", "f", 4.0, 0.1), ("b", "f", 8.0, 0.001)], gates=[])
-    svg = loss_against_size(facts_of(value), WIDE).svg("x")
+    svg = loss_against_size(facts_of(value), WIDE).svg()
     bars = [
         line
         for line in ET.fromstring(svg).iter(f"{SVG}line")
@@ -348,11 +363,53 @@ def test_a_bar_spans_95_percent():
         assert middle - high == pytest.approx(math.log(1 + 1.96 * 0.04) * pixels_per_e, abs=0.2)
 
 
+def test_a_bar_does_not_run_through_a_cross():
+    """One that ends near it has no cap either: together they would look like an hourglass."""
+    models = [("near", "f", 4.0, 0.1), ("low", "f", 8.0, 0.001)]
+    for spread, caps in ((0.01, 0), (0.045, 0), (0.2, 1)):
+        value = evaluation(models, gates=["kld<=0.00001"])
+        value["results"][0]["metrics"]["kld"]["se"] = 0.1 * spread
+        value["results"][1]["metrics"]["kld"].pop("se")
+        svg = ET.fromstring(loss_against_size(facts_of(value), WIDE).svg())
+        (point,) = [p for p in svg.iter(f"{SVG}path") if "near" in "".join(p.itertext())]
+        middle = float(re.match(r"M\S+ ([\d.]+)m", point.get("d"))[1])
+        bars = [b for b in svg.iter(f"{SVG}line") if b.get("class").startswith("bar")]
+        heights = [(float(b.get("y1")), float(b.get("y2"))) for b in bars]
+        assert all(min(abs(y - middle) for y in pair) >= 4.9 for pair in heights)
+        assert sum(first == last for first, last in heights) == 2 * caps
+        assert (len(heights) == 0) is (spread == 0.01)
+
+
 def test_gates_and_the_noise_floor_are_lines_in_the_plot():
     found = texts(report_files(evaluation())["kl-against-size.svg"])
     assert "gate: kld<=0.07" in found
     assert "gate: size<=800kB" in found
     assert "noise floor: the original in bfloat16" in found
+
+
+def box_of_note(element):
+    """The rectangle of a text in 11 pixels of DejaVu Sans, by the advances in the font itself."""
+    font = TTFont(font_files()[0])
+    letters, advances = font.getBestCmap(), font["hmtx"]
+    units = sum(advances[letters[ord(letter)]][0] for letter in element.text)
+    width, x, y = 11 * units / font["head"].unitsPerEm, *(float(element.get(a)) for a in "xy")
+    left = x - width if element.get("text-anchor") == "end" else x
+    return Box(left, y - 9, left + width, y + 2)
+
+
+@pytest.mark.parametrize("limit", range(540, 1120, 20))
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_names_of_level_lines_do_not_cross_the_gate_on_size(width, limit):
+    facts = facts_of(evaluation(gates=["kld<=0.0005", f"size<={limit}kB"]))
+    svg = loss_against_size(facts, width).svg()
+    upright = [float(line.get("x1")) for line in ET.fromstring(svg).iter(f"{SVG}line")
+               if line.get("class") == "limit" and line.get("x1") == line.get("x2")]  # fmt: skip
+    boxes = [box_of_note(note) for note in ET.fromstring(svg).iter(f"{SVG}text")
+             if note.text.startswith(("noise", "gate: kld"))]  # fmt: skip
+    assert (len(upright), len(boxes)) == (1, 2)
+    assert not any(box.left < upright[0] < box.right for box in boxes)
+    assert not boxes[0].meets(boxes[1])
+    assert all(box.left >= 0 and box.right <= width for box in boxes)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +491,7 @@ def test_rounding_up_does_not_add_a_digit_or_lose_one():
     assert plain(0.09996) == "0.100"
     assert plain(None) == "-"
     assert percent_with_error(Figure(0.9646, 0.0009)) == "96.46 ± 0.09 %"
+    assert percent_with_error(Figure(1.0, 1e-12)) == "100.000000 ± 0.000000 %"
     assert [tick(v) for v in (150.0, 0.05, 1000.0, 1e-5, 2e-5, 2.5)] == [
         "150", "0.05", "1000", "10⁻⁵", "2·10⁻⁵", "2.5"]  # fmt: skip
 
@@ -449,6 +507,13 @@ def test_an_older_report_is_replaced_and_nothing_else_is(tmp_path):
             attempt(place)
         assert "--report" in caught.value.hint
     assert (place / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_in_the_way_is_listed(tmp_path):
+    for name in ("a", "b", "c", "d", "e"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="other files than a report: a, b, c and 2 more"):
+        check_report(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "model"])

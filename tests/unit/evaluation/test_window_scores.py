@@ -83,10 +83,11 @@ def test_logits_that_are_not_finite_are_refused_and_the_model_named(spoiled, nam
     logits = {"model": logits_of(1), "reference": logits_of(2)}
     logits[spoiled][1, PIECE_ROWS + 3, 5] = value
     expected = map(WholeRows, row_pieces(logits["reference"]))
-    with pytest.raises(NumericalError, match=f"{named} gives logits that are not finite"):
+    with pytest.raises(NumericalError, match=f"{named} gives logits that are not finite") as caught:
         score_windows(
             row_pieces(logits["model"]), expected, ids_below(61), names=("small", "original")
         )
+    assert ("more bits" in caught.value.hint) is (spoiled == "model")
 
 
 def test_quantiles_and_their_errors():
