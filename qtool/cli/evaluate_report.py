@@ -56,6 +56,8 @@ class Report:
 
     def names(self, result: Evaluated) -> tuple[str, ...]:
         """Return the metrics of one result: a GGUF file always has llama.cpp's own figure."""
+        if self.windows is None:
+            return ()
         if result.checkpoint.gguf and "ppl_llama_cpp" not in self.metrics:
             return (*self.metrics, "ppl_llama_cpp")
         return self.metrics

@@ -148,7 +148,14 @@ class Harness:
                     f"{PACKAGE} cannot run {', '.join(self._members)}: {_said(error)}",
                     "run it with lm_eval itself to see why, or leave the task out",
                 ) from error
-        return {name: _scores(results, leaves) for name, leaves in self._members.items()}
+        found = {}
+        for name, leaves in self._members.items():
+            scores = _scores(results, leaves)
+            if scores.samples or len(leaves) == 1:
+                found[name] = scores
+            else:  # parts that have no metric in common stand by themselves
+                found.update({leaf: _scores(results, [leaf]) for leaf in leaves})
+        return found
 
     def _set_fewshot(self) -> None:
         """Give every task its number of examples, and the seed by which they are drawn."""
@@ -175,7 +182,7 @@ def _manager(directory: Path | None) -> Any:
             f"--task-path: {shown_path(directory)} is not a directory",
             "give the directory that holds your task definitions (.yaml)",
         )
-    faults = (*FAULTS, OSError, *_yaml_errors())
+    faults: tuple[type[Exception], ...] = (*FAULTS, OSError, *_yaml_errors())
     try:
         from lm_eval.tasks import TaskManager
 
@@ -214,7 +221,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     # The hub library has changed its HTTP client before; whichever it is, this is its base error.
     transport: type[Exception] = vars(errors)["HTTPError"]
     unreachable = (ConnectionError, TimeoutError, DatasetNotFoundError, transport)
-    faults = (*FAULTS, OSError, DatasetsError, *_yaml_errors())
+    faults: tuple[type[Exception], ...] = (*FAULTS, OSError, DatasetsError, *_yaml_errors())
     try:
         return dict(manager.load([name])["tasks"])
     except unreachable as error:
