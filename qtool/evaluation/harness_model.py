@@ -44,8 +44,10 @@ class HarnessModel:
         Raises:
             UnsupportedError: a continuation is longer than what the model can read.
         """
-        requests = []
-        for context, continuation in pairs:
+        requests: dict[int, Request] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            if not continuation:
+                continue
             request = self._tokenizer.request(context, continuation)
             if len(request.continuation) > self._runner.longest:
                 raise UnsupportedError(
@@ -55,17 +57,11 @@ class HarnessModel:
                 )
             short = shortened(request, self._runner.longest)
             self._cut.texts += short is not request
-            requests.append(short)
-        # An empty continuation is certain.
-        asked = [request for request in requests if request.continuation]
-        answers = dict(zip(map(id, asked), self._runner.score(asked), strict=True))
-        found = []
-        for request in requests:
-            answer = answers.get(id(request))
-            if answer is None:
-                found.append((0.0, True))
-            else:
-                found.append((answer.log_probability, answer.greedy == request.continuation))
+            requests[index] = short
+        answers = self._runner.score([*requests.values()])
+        found = [(0.0, True)] * len(pairs)  # an empty continuation is certain
+        for (index, request), answer in zip(requests.items(), answers, strict=True):
+            found[index] = answer.log_probability, answer.greedy == request.continuation
         return found
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:

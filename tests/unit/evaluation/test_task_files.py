@@ -48,7 +48,11 @@ def test_a_file_of_exact_answers(tmp_path):
         ({"prompt": "q", "choices": {"A": "x", "B": "y"}, "answer": "B"}, 1),
         ({"prompt": "q", "choices": ["x", "y"], "answer": [1]}, 1),
         (
-            {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+            {
+                "question": "q",
+                "choices": {"text": ["x", "y"], "label": ["1", "2"]},
+                "answerKey": "2",
+            },
             1,
         ),
     ],
@@ -144,4 +148,6 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 
 
 def test_a_name_can_be_written_in_a_gate(tmp_path):
-    assert read_task_file(written(tmp_path, EXACT, name="my set<2>.v1.jsonl")).name == "my_set_2_.v1"
+    assert (
+        read_task_file(written(tmp_path, EXACT, name="my set<2>.v1.jsonl")).name == "my_set_2_.v1"
+    )
