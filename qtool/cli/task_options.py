@@ -33,7 +33,7 @@ Tasks = Annotated[
         "--tasks",
         metavar="NAMES",
         help="Tasks of lm_eval, such as mmlu,hellaswag,arc_easy,gsm8k. Their data comes from the "
-        "hub. Needs pip install 'qtool-llm\\[tasks]'.",
+        "hub. Needs pip install 'qtool-llm[tasks]'.",
     ),
 ]
 TaskPath = Annotated[
