@@ -163,7 +163,7 @@ def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableTy
     parts: list[RenderableType] = [_table(report)]
     for result in report.evaluation.results:
         parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
-    tasks = task_table([r.checkpoint.source for r in report.evaluation.results], report.tasks)
+    tasks = task_table(_by_size(report))
     parts += [Text(), tasks] if tasks is not None else []
     parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
     parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
@@ -272,6 +272,15 @@ def _notes(report: Report) -> list[str]:
             f"{_with_error(floor.divergence, 6)}"
         )
     return notes
+
+
+def _by_size(report: Report) -> list[tuple[str, ModelTasks]]:
+    """Return every model's name and what it reached in tasks, the smallest first."""
+    if not report.tasks:
+        return []
+    pairs = zip(report.evaluation.results, report.tasks, strict=True)
+    ordered = sorted(pairs, key=lambda pair: pair[0].n_bytes)
+    return [(result.checkpoint.source, tasks) for result, tasks in ordered]
 
 
 def _text_notes(report: Report) -> list[str]:

@@ -22,15 +22,15 @@ MEANINGS = {
 }
 
 
-def task_table(names: Sequence[str], tasks: Sequence[ModelTasks]) -> Table | None:
+def task_table(models: Sequence[tuple[str, ModelTasks]]) -> Table | None:
     """Return every model's scores, task by task; None where there were no tasks.
 
     Args:
-        names: of the models.
-        tasks: what each reached.
+        models: the name of each, and what it reached.
     """
     from rich.table import Table
 
+    tasks = [one for _, one in models]
     if not any(one.scores for one in tasks):
         return None
     metrics = [m for one in tasks for score in one.scores.values() for m in score.metrics.values()]
@@ -42,7 +42,7 @@ def task_table(names: Sequence[str], tasks: Sequence[ModelTasks]) -> Table | Non
     for title in [*titles, "samples"]:
         table.add_column(title, justify="right", no_wrap=True)
     for task in dict.fromkeys(task for one in tasks for task in one.scores):
-        for name, one in zip(names, tasks, strict=True):
+        for name, one in models:
             score = one.scores.get(task)
             for metric, figure in score.metrics.items() if score else ():
                 row = [printable(task), printable(name), printable(metric)]

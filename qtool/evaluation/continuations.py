@@ -74,24 +74,21 @@ class TaskRunner(Protocol):
         """Free the model."""
 
 
-def covers(requests: Sequence[Request]) -> tuple[list[Tokens], list[int]]:
-    """Return the least sequences that contain all that requests read at their beginning.
+def covers(requests: Sequence[Request]) -> list[tuple[Tokens, list[int]]]:
+    """Return the fewest sequences of which each request reads a beginning.
 
     Returns:
-        The sequences, sorted, and for each request the index of one that begins with what it
-        reads.
+        The sequences, sorted, each with the numbers of the requests that it answers.
     """
     order = sorted(range(len(requests)), key=lambda index: requests[index].read)
-    sequences: list[Tokens] = []
-    place = [0] * len(requests)
+    found: list[tuple[Tokens, list[int]]] = []
     # What begins with a sequence follows it directly in this order.
     for index in reversed(order):
         read = requests[index].read
-        if not sequences or sequences[-1][: len(read)] != read:
-            sequences.append(read)
-        place[index] = len(sequences) - 1
-    last = len(sequences) - 1
-    return sequences[::-1], [last - index for index in place]
+        if not found or found[-1][0][: len(read)] != read:
+            found.append((read, []))
+        found[-1][1].append(index)
+    return found[::-1]
 
 
 def bucket_of(length: int) -> int:

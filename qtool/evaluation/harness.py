@@ -142,7 +142,7 @@ class Harness:
                     fewshot_as_multiturn=options.chat,
                 )
             except FAULTS as error:
-                if lm.failure is not None:
+                if lm.asked:
                     raise
                 raise UnsupportedError(
                     f"{PACKAGE} cannot run {', '.join(self._members)}: {_said(error)}",
@@ -248,16 +248,15 @@ def _adapter(model: HarnessModel) -> Any:
     from lm_eval.api.model import LM
 
     class Adapter(LM):  # type: ignore[misc]  # lm_eval need not be there
-        """Passes questions on, and notes what went wrong on our side of the line."""
+        """Passes questions on; what goes wrong while one is open has gone wrong in qtool."""
 
-        failure: BaseException | None = None
+        asked = False
 
         def _asked(self, question: Callable[..., Any], items: list[Any]) -> Any:
-            try:
-                return question(items)
-            except BaseException as error:
-                self.failure = error
-                raise
+            self.asked = True
+            answers = question(items)
+            self.asked = False
+            return answers
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return self._asked(model.loglikelihood, [r.args for r in requests])

@@ -159,15 +159,12 @@ class LlamaTasks:
         """
         if not requests:
             return []
-        sequences, place = covers(requests)
-        asked: list[list[int]] = [[] for _ in sequences]
-        for index, cover in enumerate(place):
-            asked[cover].append(index)
-        model = self._opened(max(map(len, sequences)))
-        tick = self._begin(f"tasks on {self._name}", len(sequences), "text")
+        texts = covers(requests)
+        model = self._opened(max(len(text) for text, _ in texts))
+        tick = self._begin(f"tasks on {self._name}", len(texts), "text")
         answers: dict[int, Answer] = {}
-        for sequence, indices in zip(sequences, asked, strict=True):
-            answers.update(self._answers(model, sequence, {i: requests[i] for i in indices}))
+        for text, indices in texts:
+            answers.update(self._answers(model, text, {i: requests[i] for i in indices}))
             tick()
         return [answers[index] for index in range(len(requests))]
 

@@ -102,9 +102,10 @@ def _remarks(facts: Facts) -> Iterator[str]:
     for row in facts.rows:
         for gate in row.gates:
             if gate.close:
+                other = "questions" if gate.metric.startswith("task") else "text"
                 yield (
                     f"{row.label} is within two standard errors of {gate.expression} "
-                    f"({shown_gate_value(gate)}): other text could decide otherwise."
+                    f"({shown_gate_value(gate)}): other {other} could decide otherwise."
                 )
     if not facts.compared:
         if any(row.ppl for row in facts.rows):

@@ -115,21 +115,19 @@ class StreamedTasks:
         if not requests:
             return []
         check_tokens(self._checkpoint, (request.read for request in requests))
-        sequences, place = covers(requests)
-        asked: list[list[int]] = [[] for _ in sequences]
-        for index, cover in enumerate(place):
-            asked[cover].append(index)
+        texts = covers(requests)
         skeleton = Skeleton(
             self._checkpoint.config, self._family, dtype=self._dtype, device=self._device
         )
         answers: dict[int, Answer] = {}
         with torch.no_grad(), TensorReader(self._checkpoint.refs) as reader:
             source = DenseSource(self._checkpoint, reader)
-            buckets = self._buckets(skeleton, source, sequences)
+            buckets = self._buckets(skeleton, source, [text for text, _ in texts])
             steps = len(skeleton.blocks) + len(buckets)
             tick = self._begin(f"tasks on {self._checkpoint.name}", steps, "step")
             self._run_blocks(skeleton, source, buckets, tick)
             load_head(skeleton, source)
+            asked = [indices for _, indices in texts]
             for bucket in buckets:
                 answers.update(self._answers(skeleton, _rows(bucket, requests, asked)))
                 tick()

@@ -16,6 +16,7 @@ from qtool.evaluation.streamed_tasks import StreamedTasks
 from qtool.evaluation.task_files import ChoiceItem, ExactItem, TaskFile
 from qtool.evaluation.task_scoring import ACC, ACC_NORM, EXACT, Shortened, score_files
 from qtool.evaluation.task_tokens import TaskTokenizer, shortened
+from qtool.model.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 
@@ -73,16 +74,39 @@ def test_log_likelihoods_are_those_of_the_whole_model(tmp_path, family):
         assert answer.greedy == tokens
 
 
+def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    directory = tiny_model("llama", tmp_path / "model", layers=5)
+    load, loaded = Skeleton.load, []
+
+    def watched(skeleton, path, source):
+        present = [
+            index
+            for index, block in enumerate(skeleton.blocks)
+            if any(not parameter.is_meta for parameter in block.parameters())
+        ]
+        assert present == []
+        loaded.append(path)
+        return load(skeleton, path, source)
+
+    monkeypatch.setattr(Skeleton, "load", watched)
+    runner(directory, tmp_path).score(random_requests(30, seed=1, longest=150))
+    # Every block once, for texts of all lengths; the embeddings are read again for each length.
+    blocks = [path for path in loaded if "layers" in path]
+    assert blocks == [f"model.layers.{index}" for index in range(5)]
+
+
 def test_texts_in_one_another_are_read_once():
     draw = random.Random(1)
     texts = [tuple(draw.randrange(3) for _ in range(draw.randint(2, 7))) for _ in range(200)]
     requests = [Request(text[:1], text[1:]) for text in texts]
-    sequences, place = covers(requests)
-    for request, index in zip(requests, place, strict=True):
-        assert sequences[index][: len(request.read)] == request.read
+    found = covers(requests)
+    assert sorted(index for _, indices in found for index in indices) == [*range(200)]
+    for text, indices in found:
+        assert all(text[: len(requests[i].read)] == requests[i].read for i in indices)
+    sequences = [text for text, _ in found]
     for one in sequences:
         assert not any(other[: len(one)] == one for other in sequences if other is not one)
-    assert covers([]) == ([], [])
+    assert covers([]) == []
 
 
 def test_buckets_fill_up_little_and_never_cross_a_power_of_two():
