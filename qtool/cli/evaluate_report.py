@@ -165,7 +165,8 @@ def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableTy
         parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
     tasks = task_table(_by_size(report))
     parts += [Text(), tasks] if tasks is not None else []
-    parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
+    notes = [Text(printable_whole(note)) for note in _notes(report)]
+    parts += [Text(), *notes] if notes else []
     parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
     # Never wrapped: it is there to be copied.
     return Group(*parts, Text(), Text(_next(report), no_wrap=True, overflow="ignore"))

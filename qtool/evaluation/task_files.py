@@ -116,7 +116,8 @@ def read_task_file(path: Path, limit: int | None = None) -> TaskFile:
     """Read the first `limit` questions of a file; all of it is checked.
 
     Raises:
-        UsageError: no such file, nothing in it, or a line that is no question; names FILE:LINE.
+        UsageError: no file that can be read, nothing in it, or a line that is no question; names
+            FILE:LINE.
         DamagedError: not UTF-8 or not JSON; names FILE:LINE.
     """
     if not path.exists():
@@ -124,7 +125,10 @@ def read_task_file(path: Path, limit: int | None = None) -> TaskFile:
     digest = hashlib.sha256()
     choices: list[ChoiceItem] = []
     exact: list[ExactItem] = []
-    file, _ = open_regular(path)
+    try:
+        file, _ = open_regular(path)
+    except DamagedError as error:
+        raise UsageError(f"--task-file: {error.message}", FORMS) from error
     with file:
         for place, line in _lines(file, shown_path(path)):
             digest.update(line)

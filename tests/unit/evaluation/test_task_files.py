@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qtool.errors import DamagedError, QtoolError, UsageError
+from qtool.errors import DamagedError, UsageError
 from qtool.evaluation.task_files import LONGEST_LINE, read_task_file, read_task_files
 
 CHOICES = {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}
@@ -136,7 +136,7 @@ def test_an_empty_file_is_refused(tmp_path, content):
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no file"):
         read_task_file(tmp_path / "absent.jsonl")
-    with pytest.raises(QtoolError, match="not a file"):
+    with pytest.raises(UsageError, match="not a file"):
         read_task_file(tmp_path)
 
 
