@@ -49,6 +49,7 @@ class Terminal:
         self.verbose = verbose
         self.quiet = quiet
         self.show_progress = show_progress and not quiet
+        self.answered = False  # whether a result was printed
         self.err = _Messages(stderr=True, highlight=False)
         self._progress: TerminalProgress | None = None
 
@@ -58,6 +59,7 @@ class Terminal:
         Raises:
             CapacityError: stdout is a file on a full disk.
         """
+        self.answered = True
         _write_out(json_text(value) + "\n" if self.as_json else _rendered(shown))
 
     def note(self, message: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from qtool.cli import options
+from qtool.cli import options, task_options
 from qtool.cli.session import session
+from qtool.errors import InterruptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +44,7 @@ def evaluate(
             "--metrics",
             help="Of ppl, ppl_llama_cpp (second halves only), kld, top1, flips (fraction "
             "of tokens where one of MODEL and ORIGINAL finds the right next token likeliest and "
-            "the other does not), or all.",
+            "the other does not), all, or none to run no text.",
             show_default="ppl,kld,top1",
         ),
     ] = None,
@@ -70,13 +72,20 @@ def evaluate(
         bool,
         typer.Option("--domains", help="Also by domain: prose, code, digits, other scripts."),
     ] = False,
+    task_files: task_options.TaskFiles = None,
+    tasks: task_options.Tasks = None,
+    task_path: task_options.TaskPath = None,
+    limit: task_options.Limit = None,
+    fewshot: task_options.Fewshot = None,
+    chat: task_options.ChatTemplate = False,
     gates: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             "--gate",
             metavar="EXPR",
             help="Fail with exit code 3 unless it holds: kld<=0.05, ppl_ratio<=1.03, loss<=3% "
-            "(rise of perplexity), top1>=0.9, size<=5GB, template==same. Repeatable.",
+            "(rise of perplexity), top1>=0.9, size<=5GB, template==same, task:NAME>=60%, "
+            "task_drop:NAME<=1%. Repeatable.",
         ),
     ] = None,
     noise_floor: Annotated[
@@ -122,31 +131,43 @@ def evaluate(
             from qtool.evaluation.report import check_report
 
             check_report(report_directory)
-        names = _names(metrics, limits, has_reference=reference is not None)
+        asked = task_options.TaskRequest(
+            task_files, tasks, task_path, limit, fewshot, chat=chat, offline=offline
+        )
+        names = _names(metrics, limits, asked.names, has_reference=reference is not None)
         ends, length = _lengths(context, long_context)
+        _check_text_wanted(names, domains=domains, noise_floor=noise_floor, positions=bool(ends))
 
         from qtool import device as devices
         from qtool.calibration.datasets import parse_dataset
         from qtool.checkpoint.locate import locate
         from qtool.cli.evaluate_report import Report, render, result_object, results_of
-        from qtool.pipeline.evaluate import Extent, evaluate_fully
+        from qtool.pipeline.evaluate import Extent, dtype_of, evaluate_fully, without_text
 
         text = parse_dataset(NAMED_DATA.get(data, data))
         _check_domains(text, data, wanted=domains)
-        target = devices.resolve(device)
+        target, kind = devices.resolve(device), dtype_of(dtype)
         original = None if reference is None else locate(reference, revision, offline, gguf=True)
         # --revision is that of the original, or without one of the models themselves.
         own = revision if reference is None else None
         found = [locate(name, own, offline, gguf=True) for name in models]
         progress = terminal.progress()
         checks = _checked_tokenizers(found, original, progress)
-        limit = None if every else windows
-        tokens, apart = _windows(original, found, text, length, limit, domains=domains)
-        _warn_of_length([*found, *([original] if original else [])], length, progress)
-        cache = logits_cache if original is not None else None
-        extent = Extent(ends, apart, cache, noise_floor)
-        evaluation = evaluate_fully(found, original, tokens, target, progress, extent, dtype=dtype)
-        report = Report(evaluation, original, tokens, data, length, names, checks)
+        suite = asked.suite()
+        if names:
+            most = None if every else windows
+            tokens, apart = _windows(original, found, text, length, most, domains=domains)
+            _warn_of_length([*found, *([original] if original else [])], length, progress)
+            cache = logits_cache if original is not None else None
+            extent = Extent(ends, apart, cache, noise_floor)
+            with _saying_what_is_kept(cache):
+                evaluation = evaluate_fully(
+                    found, original, tokens, target, progress, extent, dtype=dtype
+                )
+        else:
+            tokens, evaluation = None, without_text(found)
+        scores = task_options.scored(suite, found, original, target, progress, kind)
+        report = Report(evaluation, original, tokens, data, length, names, checks, scores)
         results = results_of(report)
         outcomes = check_gates(limits, results)
         value = result_object(report, results, outcomes, progress.warnings)
@@ -157,6 +178,21 @@ def evaluate(
         if failure is not None:
             terminal.error(failure)
             raise typer.Exit(failure.exit_code)
+
+
+@contextmanager
+def _saying_what_is_kept(cache: Path | None) -> Iterator[None]:
+    """Tell who interrupts an evaluation what it need not compute again."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if cache is None:
+            raise
+        raise InterruptionError(
+            "interrupted",
+            f"run the same command to go on: the original's logits so far are kept in {cache}",
+            resumable=True,
+        ) from error
 
 
 def _write_report(
@@ -174,8 +210,10 @@ def _write_report(
         terminal.note(f"PNG files of the plots need: {EXTRA}")
 
 
-def _names(metrics: str | None, gates: Sequence[Gate], *, has_reference: bool) -> tuple[str, ...]:
-    """Return the metrics that flags and gates ask for.
+def _names(
+    metrics: str | None, gates: Sequence[Gate], tasks: Sequence[str], *, has_reference: bool
+) -> tuple[str, ...]:
+    """Return the metrics that flags and gates ask for; none where no text is to be run.
 
     Raises:
         UsageError: an unknown one, or one that needs an original where there is none.
@@ -185,7 +223,7 @@ def _names(metrics: str | None, gates: Sequence[Gate], *, has_reference: bool) -
     from qtool.evaluation.metrics_json import METRICS, NEED_REFERENCE, parse_metrics
 
     chosen = parse_metrics(metrics)
-    check_measurable(gates, has_reference=has_reference)
+    check_measurable(gates, has_reference=has_reference, tasks=tasks)
     alone = [name for name in chosen if name in NEED_REFERENCE]
     if metrics is not None and metrics.strip() != "all" and alone and not has_reference:
         raise UsageError(
@@ -193,7 +231,20 @@ def _names(metrics: str | None, gates: Sequence[Gate], *, has_reference: bool) -
             "give it with --ref ORIGINAL",
         )
     needed = needed_metrics(gates)
-    return tuple(name for name in METRICS if name in chosen or name in needed)
+    wanted = {*chosen, *needed, *(("ppl",) if chosen or needed else ())}
+    return tuple(name for name in METRICS if name in wanted)
+
+
+def _check_text_wanted(
+    names: Sequence[str], *, domains: bool, noise_floor: bool, positions: bool
+) -> None:
+    """Refuse to leave the text out where other flags are about it."""
+    from qtool.errors import UsageError
+
+    flags = (("--domains", domains), ("--noise-floor", noise_floor), ("--long-ctx", positions))
+    about = next((flag for flag, given in flags if given), None)
+    if not names and about is not None:
+        raise UsageError(f"{about} is about the text that --metrics none leaves out", "drop one")
 
 
 def _lengths(context: int | None, long_context: str | None) -> tuple[tuple[int, ...], int]:
@@ -278,27 +329,11 @@ def _windows(
     *,
     domains: bool,
 ) -> tuple[Windows, DomainWindows | None]:
-    """Tokenize the text as the original does, or else a directory, or else the first model."""
-    from contextlib import contextmanager
-
+    """Tokenize the text."""
     from qtool.calibration.tokens import evaluation_windows
+    from qtool.cli.text_tokenizer import text_tokenizer
 
-    directories = (model for model in models if not model.gguf)
-    chosen = original or next(directories, models[0])
-
-    @contextmanager
-    def opened() -> Iterator[Any]:
-        if chosen.gguf:
-            from qtool.evaluation.gguf_model import GgufTokenizer
-
-            with GgufTokenizer(chosen) as tokenizer:
-                yield tokenizer
-        else:
-            from qtool.cli.calibration_data import load_tokenizer
-
-            yield load_tokenizer(chosen)
-
-    with opened() as tokenizer:
+    with text_tokenizer(original, models) as tokenizer:
         found = evaluation_windows(tokenizer, text, length=length, limit=limit)
         if not domains:
             return found, None

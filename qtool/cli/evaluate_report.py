@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.untrusted import printable
 from qtool.cli.comparison_table import ComparisonTable
+from qtool.cli.task_table import task_notes, task_table
 from qtool.evaluation.buckets import bucket_json
 from qtool.evaluation.domains import domain_json
 from qtool.evaluation.gates import GateOutcome, gate_error, gate_json, shown_outcome
 from qtool.evaluation.metrics_json import divergence_json
 from qtool.evaluation.report_facts import Figure
 from qtool.evaluation.report_numbers import percent_with_error, with_error
+from qtool.evaluation.task_json import tasks_json
 from qtool.pipeline.evaluate import NOISE_DTYPE, metrics_of
 from qtool.pipeline.layer_errors import layer_errors
 from qtool.pipeline.tokenizer_check import TokenizerCheck, tokenizer_json
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from qtool.evaluation.divergence import ApproximationError
     from qtool.evaluation.perplexity import Estimate
     from qtool.pipeline.evaluate import Evaluated, Evaluation
+    from qtool.pipeline.evaluate_tasks import ModelTasks
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,27 @@ class Report:
     Args:
         evaluation: its figures.
         original: the model that all were compared with.
-        windows: of the text.
+        windows: of the text; None where none was run.
         data: the text as the command line names it.
         length: tokens of a window.
         metrics: what was asked for.
         checks: of each model's tokenizer, in order.
+        tasks: what each model reached in tasks, in order; empty without tasks.
     """
 
     evaluation: Evaluation
     original: Checkpoint | None
-    windows: Windows
+    windows: Windows | None
     data: str
     length: int
     metrics: tuple[str, ...]
     checks: Sequence[TokenizerCheck | None]
+    tasks: Sequence[ModelTasks] = ()
 
     def names(self, result: Evaluated) -> tuple[str, ...]:
         """Return the metrics of one result: a GGUF file always has llama.cpp's own figure."""
+        if self.windows is None:
+            return ()
         if result.checkpoint.gguf and "ppl_llama_cpp" not in self.metrics:
             return (*self.metrics, "ppl_llama_cpp")
         return self.metrics
@@ -65,10 +72,12 @@ class Report:
 
 def results_of(report: Report) -> list[dict[str, Any]]:
     """Return the figures of every model in the terms of the JSON contract."""
-    return [
-        _result(report, result, check)
-        for result, check in zip(report.evaluation.results, report.checks, strict=True)
-    ]
+    pairs = zip(report.evaluation.results, report.checks, strict=True)
+    found = [_result(report, result, check) for result, check in pairs]
+    for result, tasks in zip(found, report.tasks, strict=bool(report.tasks)):
+        result["metrics"]["tasks"] = tasks_json(tasks.scores)
+        result["seconds"] += tasks.seconds
+    return found
 
 
 def result_object(
@@ -84,17 +93,18 @@ def result_object(
         "schema": "qtool.eval/1",
         "ok": failure is None,
         "exit_code": 0 if failure is None else failure.exit_code,
-        "data": {
-            "name": report.data,
-            "context": report.length,
-            "windows": len(report.windows.ids),
-            "sha256": report.windows.sha256,
-        },
         "results": list(results),
         "gates": [gate_json(outcome) for outcome in outcomes],
         "warnings": [{"code": code, "message": message} for code, message in warnings],
         "error": None if failure is None else failure.as_json(),
     }
+    if report.windows is not None:
+        value["data"] = {
+            "name": report.data,
+            "context": report.length,
+            "windows": len(report.windows.ids),
+            "sha256": report.windows.sha256,
+        }
     if original is not None:
         value["reference"] = {
             "model": original.source,
@@ -150,7 +160,10 @@ def render(report: Report, outcomes: Sequence[GateOutcome] = ()) -> RenderableTy
     parts: list[RenderableType] = [_table(report)]
     for result, _ in _by_size(report):
         parts += [p for t in (_positions(result), _domains(result)) if t for p in (Text(), t)]
-    parts += [Text(), *(Text(printable_whole(note)) for note in _notes(report))]
+    tasks = task_table(_tasks_by_size(report))
+    parts += [Text(), tasks] if tasks is not None else []
+    notes = [Text(printable_whole(note)) for note in _notes(report)]
+    parts += [Text(), *notes] if notes else []
     parts += [Text(f"gate {shown_outcome(outcome)}") for outcome in outcomes]
     # Never wrapped: it is there to be copied.
     return Group(*parts, Text(), Text(_next(report), no_wrap=True, overflow="ignore"))
@@ -175,9 +188,9 @@ def _table(report: Report) -> ComparisonTable:
     results = report.evaluation.results
     asked = {name for result in results for name in report.names(result)}
     compared = report.original is not None
-    titles = ["model", "format", "size", "perplexity"]
+    titles = ["model", "format", "size", *(["perplexity"] if report.windows is not None else [])]
     titles += ["llama.cpp's"] if "ppl_llama_cpp" in asked else []
-    titles += ["ratio"] if compared else []
+    titles += ["ratio"] if compared and report.windows is not None else []
     titles += ["KL divergence", "99 % below"] if compared and "kld" in asked else []
     titles += ["same top"] if compared and "top1" in asked else []
     titles += ["flips"] if compared and "flips" in asked else []
@@ -193,6 +206,8 @@ def _by_size(report: Report) -> list[tuple[Evaluated, TokenizerCheck | None]]:
 def _row(result: Evaluated, asked: set[str]) -> list[str]:
     name = printable(result.checkpoint.source)
     row = [name, format_name(result.checkpoint), shown_size(result.n_bytes)]
+    if result.perplexity is None:
+        return row
     row.append(_with_error(result.perplexity, 2))
     if "ppl_llama_cpp" in asked:
         row.append("" if result.llama_cpp is None else _with_error(result.llama_cpp, 2))
@@ -241,17 +256,7 @@ def _domains(result: Evaluated) -> Table | None:
 
 
 def _notes(report: Report) -> list[str]:
-    first = report.evaluation.results[0]
-    note = (
-        f"{first.perplexity.tokens} tokens of {report.data}, windows of {report.length} that do "
-        "not overlap"
-    )
-    if first.comparison is not None:
-        note += f"; original's perplexity {first.comparison.reference_perplexity.value:.3f}"
-        half = first.comparison.second_half
-        if half is not None and "ppl_llama_cpp" in report.names(first):
-            note += f", {half[1].value:.3f} by llama.cpp's rule (second halves only)"
-    notes = [note]
+    notes = [*_text_notes(report), *task_notes(report.tasks)]
     for result, check in _by_size(report):
         if check is not None and check.differences:
             source = result.checkpoint.source
@@ -270,6 +275,31 @@ def _notes(report: Report) -> list[str]:
             f"{with_error(_figure(floor.divergence))}"
         )
     return notes
+
+
+def _tasks_by_size(report: Report) -> list[tuple[str, ModelTasks]]:
+    """Return every model's name and what it reached in tasks, the smallest first."""
+    if not report.tasks:
+        return []
+    pairs = zip(report.evaluation.results, report.tasks, strict=True)
+    ordered = sorted(pairs, key=lambda pair: pair[0].n_bytes)
+    return [(result.checkpoint.source, tasks) for result, tasks in ordered]
+
+
+def _text_notes(report: Report) -> list[str]:
+    first = report.evaluation.results[0]
+    if first.perplexity is None:
+        return []
+    note = (
+        f"{first.perplexity.tokens} tokens of {report.data}, windows of {report.length} that do "
+        "not overlap"
+    )
+    if first.comparison is not None:
+        note += f"; original's perplexity {first.comparison.reference_perplexity.value:.3f}"
+        half = first.comparison.second_half
+        if half is not None and "ppl_llama_cpp" in report.names(first):
+            note += f", {half[1].value:.3f} by llama.cpp's rule (second halves only)"
+    return [note]
 
 
 def _next(report: Report) -> str:

@@ -10,7 +10,7 @@ from qtool.calibration.datasets import to_recipe
 from qtool.checkpoint.locate import Checkpoint
 from qtool.cli.calibration_data import dataset_specs
 from qtool.errors import UsageError
-from qtool.evaluation.gates import parse_gates
+from qtool.evaluation.gates import check_measurable, parse_gates
 from qtool.recipe.ladder import GGUF, INTEGERS
 from qtool.recipe.load import apply_overrides, parse_recipe, read_mapping
 from qtool.recipe.rules import parse_ignore, parse_override
@@ -117,6 +117,7 @@ def _check_gates(recipe: Recipe) -> None:
             "a ladder needs a gate on what is lost",
             "for example --gate 'loss<=3%', or gates: ['kld<=0.05'] in the recipe",
         )
+    check_measurable(gates, has_reference=True)
     for gate in gates:
         if gate.measure.metric and not recipe.eval.metrics:
             raise UsageError(

@@ -64,7 +64,7 @@ def _fail(terminal: Terminal, command: str, error: QtoolError) -> None:
 
 def _show(terminal: Terminal, command: str, error: QtoolError) -> None:
     terminal.error(error)
-    if terminal.as_json:
+    if terminal.as_json and not terminal.answered:  # stdout has one object and no more
         with suppress(QtoolError):  # a full disk under stdout; stderr has the first error already
             terminal.result(error_object(command, error), "")
 

@@ -1,6 +1,7 @@
 """Gates: conditions on an evaluation's figures that a script can rely on.
 
     kld<=0.05   ppl_ratio<=1.03   top1>=90%   loss<=3%   size<=5GB   template==same
+    task:NAME>=60%   task:NAME.acc_norm>=0.6   task_drop:NAME<=1%
 
 Pure functions of the results in the terms of the JSON contract (`qtool.eval/1`), so that `eval`,
 `quantize` and recipes mean the same. No torch.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,7 +19,10 @@ from qtool.checkpoint.untrusted import printable
 from qtool.errors import GateError, UsageError
 from qtool.recipe.sizes import parse_size, shown_size
 
-EXAMPLES = "write it like 'kld<=0.05', 'top1>=0.9', 'loss<=3%', 'size<=5GB' or 'template==same'"
+EXAMPLES = (
+    "write it like 'kld<=0.05', 'top1>=0.9', 'loss<=3%', 'size<=5GB', 'template==same' or "
+    "'task_drop:NAME<=1%'"
+)
 Operator = Literal["<=", ">=", "<", ">", "=="]
 
 
@@ -33,6 +37,8 @@ class Measure:
         relative: whether the value is that much more than one: perplexity's ratio 1.03 is 0.03.
         needs_reference: whether there must be an original to compare with.
         kind: what stands on the right-hand side.
+        of_task: keys of value and error below a task, which the gate names; empty for others.
+        sign: -1 where the value is the negative of what the gate speaks of.
     """
 
     path: tuple[str, ...]
@@ -41,6 +47,8 @@ class Measure:
     relative: bool = False
     needs_reference: bool = True
     kind: Literal["number", "size", "same"] = "number"
+    of_task: tuple[str, str] | None = None
+    sign: int = 1
 
 
 def _divergence(key: str, error: str) -> Measure:
@@ -60,12 +68,17 @@ MEASURES: Mapping[str, Measure] = {
     "kld_p999": _divergence("p999", "p999_se"),
     "top1": Measure(("metrics", "top1", "value"), ("metrics", "top1", "se"), "top1"),
     "flips": Measure(("metrics", "flips", "value"), ("metrics", "flips", "se"), "flips"),
+    "task": Measure((), needs_reference=False, of_task=("value", "se")),
+    # By how much the model is worse than the reference on the same samples.
+    "task_drop": Measure((), of_task=("difference", "difference_se"), sign=-1),
     "size": Measure(("bytes",), needs_reference=False, kind="size"),
     "template": Measure(("tokenizer", "template"), kind="same"),
     "tokenizer": Measure(("tokenizer", "same"), kind="same"),
 }
 
-_GATE = re.compile(r"\s*([a-z_][a-z0-9_.]*)\s*(<=|>=|==|<|>)\s*(\S.*?)\s*", re.IGNORECASE)
+_GATE = re.compile(
+    r"\s*([a-z_][a-z0-9_.]*)(?::([^\s<>=]+))?\s*(<=|>=|==|<|>)\s*(\S.*?)\s*", re.IGNORECASE
+)
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(%?)", re.IGNORECASE)
 
 
@@ -78,12 +91,14 @@ class Gate:
         name: of the measure, a key of MEASURES.
         operator: how the value must stand to the limit.
         limit: a number, bytes for a size; 1 stands for "same".
+        task: what follows the name and a colon: a task, or task.metric.
     """
 
     expression: str
     name: str
     operator: Operator
     limit: float
+    task: str = ""
 
     @property
     def measure(self) -> Measure:
@@ -119,17 +134,20 @@ def parse_gate(text: str) -> Gate:
     match = _GATE.fullmatch(text)
     if match is None:
         raise UsageError(f"'{printable(text)}' is not a gate", EXAMPLES)
-    name, operator = match[1].lower(), match[2]
+    name, task, operator = match[1].lower(), match[2] or "", match[3]
     if name not in MEASURES:
         raise UsageError(
             f"gate '{printable(text)}': there is no figure '{printable(name)}'",
             f"choose from: {', '.join(MEASURES)}",
         )
+    if bool(task) != (MEASURES[name].of_task is not None):
+        wanted = f"'{name}:NAME'" if not task else f"'{name}' without ':'"
+        raise UsageError(f"gate '{printable(text)}': write it as {wanted}", EXAMPLES)
     same = MEASURES[name].kind == "same"
     if same != (operator == "=="):
         wanted = f"'{name}==same'" if same else "<=, >=, < or >"
         raise UsageError(f"gate '{printable(text)}': {name} is compared with {wanted}", EXAMPLES)
-    return Gate(text.strip(), name, cast("Operator", operator), _limit(name, match[3], text))
+    return Gate(text.strip(), name, cast("Operator", operator), _limit(name, match[4], text), task)
 
 
 def parse_gates(texts: Iterable[str] | None) -> tuple[Gate, ...]:
@@ -163,13 +181,22 @@ def needed_metrics(gates: Iterable[Gate]) -> frozenset[str]:
     return frozenset(gate.measure.metric for gate in gates if gate.measure.metric)
 
 
-def check_measurable(gates: Iterable[Gate], *, has_reference: bool) -> None:
-    """Refuse gates that compare with an original where there is none.
+def check_measurable(
+    gates: Iterable[Gate], *, has_reference: bool, tasks: Collection[str] = ()
+) -> None:
+    """Refuse gates that compare with an original where there is none, or name no task of the run.
 
     Raises:
         UsageError: such a gate.
     """
     for gate in gates:
+        if gate.task and _split_task(gate.task, tasks) is None:
+            raise UsageError(
+                f"gate '{printable(gate.expression)}': there is no task '{printable(gate.task)}'",
+                f"tasks of this run: {printable(', '.join(tasks))}"
+                if tasks
+                else "give it with --tasks NAME or --task-file NAME.jsonl of qtool eval",
+            )
         if gate.measure.needs_reference and not has_reference:
             raise UsageError(
                 f"gate '{printable(gate.expression)}' compares with an original, and none is given",
@@ -190,8 +217,34 @@ def check_gates(
     return tuple(_outcome(gate, result) for result in results for gate in gates)
 
 
+def _split_task(name: str, tasks: Collection[str]) -> tuple[str, str] | None:
+    """Return (task, metric or "") that a gate names; a task's own name may have dots in it."""
+    if name in tasks:
+        return name, ""
+    task, _, metric = name.rpartition(".")
+    return (task, metric) if metric and task in tasks else None
+
+
+def _figures(gate: Gate, result: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a gate's value and its error in a result, None where there is none."""
+    measure = gate.measure
+    if measure.of_task is None:
+        return _at(result, measure.path), _at(result, measure.error_path)
+    tasks = _at(result, ("metrics", "tasks"))
+    found = _split_task(gate.task, tasks if isinstance(tasks, Mapping) else ())
+    if found is None:
+        return None, None
+    task, metric = found
+    path: tuple[str, ...] = ("metrics", "tasks", task)
+    if metric and metric != _at(result, (*path, "metric")):
+        path = (*path, "other", metric)
+    value, error = (_at(result, (*path, key)) for key in measure.of_task)
+    known = isinstance(value, int | float)
+    return (measure.sign * value + 0.0 if known else value), error
+
+
 def _outcome(gate: Gate, result: Mapping[str, Any]) -> GateOutcome:
-    value, error = _at(result, gate.measure.path), _at(result, gate.measure.error_path)
+    value, error = _figures(gate, result)
     model = str(result["model"])
     if gate.measure.kind == "same":
         shown = {True: "same", False: "different", None: None}.get(value, value)
@@ -243,11 +296,19 @@ def shown_outcome(outcome: GateOutcome) -> str:
         value = _shown(outcome.value, percent)
         if outcome.error is not None:
             value += f" ± {_shown(outcome.error, percent)}"
-    return f"{printable(gate.expression)} {verdict}: {gate.name} of {outcome.model} is {value}"
+    name = f"{gate.name} {printable(gate.task)}" if gate.task else gate.name
+    return f"{printable(gate.expression)} {verdict}: {name} of {outcome.model} is {value}"
 
 
 def _shown(number: float, percent: bool) -> str:
     return f"{100 * number:.3g} %" if percent else f"{number:.4g}"
+
+
+ADVICE = {
+    "number": "quantize with more bits or another method",
+    "size": "quantize with fewer bits",
+    "same": "give the model the original's tokenizer files and chat template",
+}
 
 
 def gate_error(outcomes: Sequence[GateOutcome]) -> GateError | None:
@@ -255,7 +316,8 @@ def gate_error(outcomes: Sequence[GateOutcome]) -> GateError | None:
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if not failed:
         return None
+    advice = dict.fromkeys(ADVICE[outcome.gate.measure.kind] for outcome in failed)
     return GateError(
         "; ".join(shown_outcome(outcome) for outcome in failed),
-        "quantize with more bits or another method, or loosen the gate; the model is kept",
+        f"{', '.join(advice)}, or loosen the gate; the model is kept",
     )

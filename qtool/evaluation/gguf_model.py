@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import torch
@@ -166,6 +166,10 @@ class GgufTokenizer:
     def _encode(self, text: str, *, special: bool) -> list[int]:
         start = [self._model.bos] if special and self._model.bos is not None else []
         return start + self._model.tokenize(text)
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        """Return the text of token ids, without special ones."""
+        return self._model.text_of(ids)
 
     def __enter__(self) -> GgufTokenizer:
         return self

@@ -29,6 +29,7 @@ INSTALL = "pip install 'qtool-llm[llama]'"
 MEMORY_MAP = 1  # of load_mode
 LOGGED_ERROR = 4  # level of a message that says why something failed
 TOKENS_AT_ONCE = 512  # that llama_decode is given; its logits are held twice
+ROOM_FOR_TOKEN = 1024  # bytes of the longest piece of text that stands for one token
 ROOM_BESIDE_TEXT = 16  # tokens beyond one for each byte: beginning and end of text, a space
 
 
@@ -134,6 +135,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_tokenize": (
         c_int32,
         [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool],
+    ),
+    "llama_detokenize": (
+        c_int32,
+        [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool],
     ),
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
@@ -324,6 +329,15 @@ class LlamaModel:
             )
         return list(ids[:count])
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; special ones have none."""
+        tokens, room = (c_int32 * len(ids))(*ids), ROOM_FOR_TOKEN * len(ids) + ROOM_BESIDE_TEXT
+        text = ctypes.create_string_buffer(room)
+        count = self._library.llama_detokenize(
+            self._vocabulary, tokens, len(ids), text, room, False, False
+        )
+        return text.raw[: max(count, 0)].decode(errors="replace")
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return logits [tokens, vocabulary] after each of the ids, a window of its own.
 
@@ -350,7 +364,7 @@ class LlamaModel:
         try:
             for start in range(0, len(ids), TOKENS_AT_ONCE):
                 part = ids[start : start + TOKENS_AT_ONCE]
-                _fill(batch, part, start)
+                fill(batch, part, start)
                 code = library.llama_decode(self._context, batch)
                 pointer = None if code else library.llama_get_logits(self._context)
                 if not pointer:
@@ -364,7 +378,7 @@ class LlamaModel:
             library.llama_batch_free(batch)
 
 
-def _fill(batch: Batch, ids: Sequence[int], start: int) -> None:
+def fill(batch: Batch, ids: Sequence[int], start: int) -> None:
     """Put token ids at positions from `start` on into a batch, all of one sequence."""
     batch.n_tokens = len(ids)
     for index, token in enumerate(ids):

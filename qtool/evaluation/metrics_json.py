@@ -16,11 +16,11 @@ from qtool.evaluation.perplexity import Estimate
 METRICS = ("ppl", "ppl_llama_cpp", "kld", "top1", "flips")
 DEFAULT_METRICS = ("ppl", "kld", "top1")
 NEED_REFERENCE = frozenset({"kld", "top1", "flips"})
-ALL = "all"
+ALL, NONE = "all", "none"
 
 
 def parse_metrics(text: str | None) -> tuple[str, ...]:
-    """Read `ppl,kld,top1,flips`; perplexity is always among them, `all` names all.
+    """Read `ppl,kld,top1,flips`; perplexity is always among them, `all` names all, `none` none.
 
     Raises:
         UsageError: an unknown name.
@@ -30,19 +30,21 @@ def parse_metrics(text: str | None) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if ALL in names:
         return METRICS
+    if names == [NONE]:
+        return ()
     for name in names:
         if name not in METRICS:
             near = difflib.get_close_matches(name, METRICS, 1)
             meant = f", did you mean '{near[0]}'?" if near else ""
             raise UsageError(
                 f"--metrics: there is no metric '{printable(name)}'{meant}",
-                f"choose from: {', '.join(METRICS)}, or all",
+                f"choose from: {', '.join(METRICS)}, all or none",
             )
     return tuple(name for name in METRICS if name in names or name == "ppl")
 
 
 def metrics_json(
-    perplexity: Estimate,
+    perplexity: Estimate | None,
     second_half: Estimate | None,
     comparison: Comparison | None,
     names: Collection[str],
@@ -50,11 +52,13 @@ def metrics_json(
     """Return the figures that `names` asks for and that are there.
 
     Args:
-        perplexity: of the model.
+        perplexity: of the model; None where no text was run.
         second_half: the same by llama.cpp's rule.
         comparison: with the reference, None without one.
         names: members of METRICS; perplexity is always given.
     """
+    if perplexity is None:
+        return {}
     found: dict[str, Any] = {"ppl": _estimate(perplexity)}
     if second_half is not None and "ppl_llama_cpp" in names:
         found["ppl_llama_cpp"] = _estimate(second_half)

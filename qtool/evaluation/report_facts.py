@@ -59,6 +59,21 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class TaskFigure:
+    """One metric of a task, and how it compares with the original's on the same samples."""
+
+    task: str
+    metric: str
+    samples: int | None
+    score: Figure
+    reference: float | None
+    difference: Figure | None
+    won: int | None
+    lost: int | None
+    p_value: float | None
+
+
+@dataclass(frozen=True)
 class Layer:
     """The error that rounding made in one linear."""
 
@@ -118,6 +133,7 @@ class Row:
     flips: Figure | None
     positions: tuple[Bucket, ...]
     domains: tuple[Domain, ...]
+    tasks: tuple[TaskFigure, ...]
     tokenizer: Tokenizer | None
     layers: tuple[Layer, ...]
     gates: tuple[Gate, ...]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qtool import __version__
 from qtool.evaluation.report_facts import Facts
-from qtool.evaluation.report_page import PLOTS, subtitle_of, title_of
+from qtool.evaluation.report_page import PLOTS, TASKS_CAPTION, subtitle_of, title_of
 from qtool.evaluation.report_tables import (
     GATES,
     Cell,
@@ -17,6 +17,7 @@ from qtool.evaluation.report_tables import (
     gates_table,
     kind_of,
     more_table,
+    tasks_table,
 )
 from qtool.evaluation.report_words import alerts, measured, verdict
 
@@ -42,6 +43,9 @@ def markdown(facts: Facts, plots: Sequence[str]) -> str:
     gates = gates_table(facts)
     if gates is not None:
         lines += ["## Gates", "", *_table(gates), ""]
+    tasks = tasks_table(facts)
+    if tasks is not None:
+        lines += ["## Tasks", "", *_table(tasks), "", TASKS_CAPTION, ""]
     for plot in PLOTS:
         if plot.file not in plots:
             continue

@@ -33,6 +33,7 @@ from qtool.evaluation.report_tables import (
     layers_table,
     more_table,
     positions_table,
+    tasks_table,
 )
 from qtool.evaluation.report_words import alerts, measured, verdict
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 HERE = Path(__file__).parent
+TASKS_CAPTION = (
+    "± is one standard error, over samples; that of a difference counts samples in pairs, since "
+    "model and original answer the same questions."
+)
 
 
 def _no_table(facts: Facts) -> None:
@@ -136,7 +141,8 @@ def title_of(facts: Facts) -> str:
     """Return what the report is about."""
     if facts.reference:
         return f"What quantization cost: {short_name(facts.reference)}"
-    return "Perplexity of " + (facts.rows[0].label if len(facts.rows) == 1 else "models")
+    about = "Perplexity" if any(row.ppl for row in facts.rows) else "Tasks"
+    return f"{about} of " + (facts.rows[0].label if len(facts.rows) == 1 else "models")
 
 
 def short_name(name: str) -> str:
@@ -183,6 +189,8 @@ def page(facts: Facts, images: Collection[str]) -> str:
         kinds={row.number: kind_of(row) for row in facts.rows},
         failed={row.number: failed_gates(row) for row in facts.rows},
         gates=gates_table(facts),
+        tasks=tasks_table(facts),
+        tasks_caption=TASKS_CAPTION,
         more=more_table(facts),
         plots=plots,
         measured=measured(facts),

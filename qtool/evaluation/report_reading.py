@@ -23,6 +23,7 @@ from qtool.evaluation.report_facts import (
     Gate,
     Layer,
     Row,
+    TaskFigure,
     Tokenizer,
     frontier_of,
     short_labels,
@@ -32,6 +33,7 @@ MOST_MODELS = 200
 MOST_LAYERS = 20_000
 MOST_BUCKETS = 64
 MOST_DOMAINS = 24
+MOST_TASKS = 200
 MOST_NOTES = 50
 
 
@@ -93,6 +95,7 @@ def _row(
         flips=_figure(metrics.get("flips"), "value"),
         positions=tuple(_buckets(item.get("positions"))),
         domains=tuple(_domains(item.get("domains"))),
+        tasks=tuple(_tasks(metrics.get("tasks"))),
         tokenizer=_tokenizer(item.get("tokenizer")),
         layers=layers,
         gates=tuple(_gate(g) for g in gates if g.get("model") in {None, item.get("model")}),
@@ -160,6 +163,27 @@ def _domains(value: object) -> Iterable[Domain]:
             kld=_figure(found, "kld", "kld_se"),
             top1=_number(found.get("top1")),
         )
+
+
+def _tasks(value: object) -> Iterable[TaskFigure]:
+    for name, item in list(_mapping(value).items())[:MOST_TASKS]:
+        found = _mapping(item)
+        figures = [(found.get("metric"), found), *_mapping(found.get("other")).items()]
+        for metric, value_of in figures[:MOST_TASKS]:
+            figure = _mapping(value_of)
+            score = _figure(figure, "value")
+            if score is not None:
+                yield TaskFigure(
+                    task=printable(name),
+                    metric=_text(metric),
+                    samples=_count(found.get("samples")),
+                    score=score,
+                    reference=_number(figure.get("reference")),
+                    difference=_figure(figure, "difference", "difference_se"),
+                    won=_count(figure.get("won")),
+                    lost=_count(figure.get("lost")),
+                    p_value=_number(figure.get("mcnemar_p")),
+                )
 
 
 def _tokenizer(value: object) -> Tokenizer | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qtool.evaluation.report_facts import Facts, Figure, Row
+from qtool.evaluation.report_facts import Facts, Figure, Row, TaskFigure
 from qtool.evaluation.report_heat import worst_layers
 from qtool.evaluation.report_numbers import (
     percent,
@@ -28,6 +28,11 @@ GLOSSARY = (
     ("perplexity by llama.cpp's rule", "of the second half of each window only, as llama.cpp "
      "counts it; lower than over whole windows."),
     ("flips", "how often exactly one of the two predicts the right token."),
+    ("acc, acc_norm", "how often the likeliest choice is right, and the one that is likeliest per "
+     "character of its text."),
+    ("exact_match", "how often greedy decoding gives an accepted answer."),
+    ("won, lost, p", "samples that only the model, only the original gets right; how likely so "
+     "uneven a split is where both are equally good (McNemar). Below 0.05 is worth a look."),
     ("noise floor", "the divergence of the original from itself in another dtype: less than that "
      "cannot be told from rounding in the arithmetic."),
 )  # fmt: skip
@@ -194,6 +199,51 @@ def domains_table(facts: Facts) -> Table | None:
             values = (with_error(domain.kld), percent(domain.top1), f"{plain(domain.ppl)}{shown}")
             lines.append((f"{row.label}, {domain.name}", *values))
     return Table(("model, text", "KL divergence", "same top token", "perplexity"), tuple(lines))
+
+
+def tasks_table(facts: Facts) -> Table | None:
+    """Return every model's score in every task, beside the original's."""
+    found = [(row, figure) for row in facts.rows for figure in row.tasks]
+    if not found:
+        return None
+    compared = any(figure.difference for _, figure in found)
+    titles = ("original's", "difference", "won, lost", "p") if compared else ()
+    order = {task: n for n, task in enumerate(dict.fromkeys(f.task for _, f in found))}
+    lines = []
+    for row, figure in sorted(found, key=lambda pair: order[pair[1].task]):
+        name = f"{figure.task}, {figure.metric}: {row.label}"
+        beside = _beside_original(figure) if compared else ()
+        lines.append((name, _score(figure.score), *beside, plain_count(figure.samples)))
+    return Table(("task, metric: model", "score", *titles, "samples"), tuple(lines))
+
+
+def _beside_original(figure: TaskFigure) -> tuple[str, ...]:
+    difference = figure.difference
+    split = "" if figure.won is None else f"{figure.won}, {figure.lost}"
+    return (
+        percent(figure.reference) if _is_part(figure.reference) else plain(figure.reference),
+        percent_with_error(difference) if _is_part(figure.score.value) else plain_of(difference),
+        split,
+        "" if figure.p_value is None else plain(figure.p_value, 2),
+    )
+
+
+def _score(figure: Figure) -> str:
+    return percent_with_error(figure) if _is_part(figure.value) else with_error(figure)
+
+
+def _is_part(value: float | None) -> bool:
+    return value is not None and 0 <= value <= 1
+
+
+def plain_of(figure: Figure | None) -> str:
+    """Return a figure without its error."""
+    return plain(None if figure is None else figure.value)
+
+
+def plain_count(count: int | None) -> str:
+    """Return a number of things, nothing where it is not known."""
+    return "" if count is None else str(count)
 
 
 def layers_table(facts: Facts) -> Table | None:

@@ -73,6 +73,8 @@ def _headline(facts: Facts) -> tuple[Literal["good", "bad", "plain"], str]:
 
 def _without_gates(facts: Facts) -> str:
     measured = [row for row in facts.rows if row.kld]
+    if not measured and not any(row.ppl for row in facts.rows):
+        return "Text was not looked at: sizes, tokenizers and tasks only."
     if not measured:
         models = "one model" if len(facts.rows) == 1 else f"{len(facts.rows)} models"
         return f"Perplexity of {models}, without an original to compare with."
@@ -86,7 +88,7 @@ def described(row: Row) -> str:
     """Return a model's size and loss in a few words."""
     if row.kld:
         return f"{size(row.n_bytes)}, KL divergence {with_error(row.kld)}"
-    return f"{size(row.n_bytes)}, perplexity {with_error(row.ppl)}"
+    return size(row.n_bytes) + (f", perplexity {with_error(row.ppl)}" if row.ppl else "")
 
 
 def _remarks(facts: Facts) -> Iterator[str]:
@@ -100,15 +102,17 @@ def _remarks(facts: Facts) -> Iterator[str]:
     for row in facts.rows:
         for gate in row.gates:
             if gate.close:
+                other = "questions" if gate.metric.startswith("task") else "text"
                 yield (
                     f"{row.label} is within two standard errors of {gate.expression} "
-                    f"({shown_gate_value(gate)}): other text could decide otherwise."
+                    f"({shown_gate_value(gate)}): other {other} could decide otherwise."
                 )
     if not facts.compared:
-        yield (
-            "Perplexity says how well a model predicts this text, not what quantization cost: "
-            "give the original with --ref."
-        )
+        if any(row.ppl for row in facts.rows):
+            yield (
+                "Perplexity says how well a model predicts this text, not what quantization cost: "
+                "give the original with --ref."
+            )
         return
     best = best_for_size(facts.rows)
     if best is not None:
@@ -155,7 +159,7 @@ def shown_gate_value(gate: Gate) -> str:
     if not isinstance(gate.value, float):
         return gate.value or "not measured"
     figure = Figure(gate.value, gate.error)
-    if gate.metric in {"top1", "flips", "loss"}:
+    if gate.metric in {"top1", "flips", "loss", "task", "task_drop"}:
         return percent_with_error(figure)
     return size(int(gate.value)) if gate.metric == "size" else with_error(figure)
 

@@ -19,7 +19,7 @@ from qtool.errors import NumericalError
 from qtool.evaluation.rows import PIECE_ROWS
 from qtool.formats.reading import DenseSource
 from qtool.model.family import family_of
-from qtool.model.skeleton import Skeleton
+from qtool.model.skeleton import Skeleton, WeightSource
 from qtool.model.streaming import Stream, advance, embedding_path
 from qtool.model.trace import final_norm, head_logits
 
@@ -73,7 +73,7 @@ class StreamedModel:
         with torch.no_grad(), TensorReader(checkpoint.refs) as reader:
             source = DenseSource(checkpoint, reader)
             self._run_blocks(source, windows, spill, tick)
-            self._load_head(source)
+            load_head(self._skeleton, source)
 
     def _run_blocks(
         self, source: DenseSource, windows: Tensor, spill: Path, tick: Callable[[], None]
@@ -88,17 +88,6 @@ class StreamedModel:
             skeleton.drop(path)
             devices.return_free_memory()
             tick()
-
-    def _load_head(self, source: DenseSource) -> None:
-        skeleton = self._skeleton
-        skeleton.load(final_norm(skeleton.family), source)
-        head = skeleton.family.head
-        if f"{head}.weight" in source:
-            skeleton.load(head, source)
-            return
-        embeddings = embedding_path(skeleton)
-        tied = source.read(f"{embeddings}.weight")
-        skeleton.assign(skeleton.model.get_submodule(head), {"weight": tied})
 
     @property
     def vocabulary(self) -> int:
@@ -137,3 +126,19 @@ class StreamedModel:
             for window in batch:
                 for rows in window.split(PIECE_ROWS):
                     yield head_logits(self._skeleton, rows[None])[0].to(torch.float32)
+
+
+def load_head(skeleton: Skeleton, source: WeightSource) -> None:
+    """Materialise the norm behind the last block and the head, tied to the embeddings or not.
+
+    Raises:
+        DamagedError: weights are missing or of another shape.
+    """
+    skeleton.load(final_norm(skeleton.family), source)
+    head = skeleton.family.head
+    if f"{head}.weight" in source:
+        skeleton.load(head, source)
+        return
+    embeddings = embedding_path(skeleton)
+    tied = source.read(f"{embeddings}.weight")
+    skeleton.assign(skeleton.model.get_submodule(head), {"weight": tied})

@@ -15,6 +15,7 @@ import torch
 from qtool import device as devices
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.untrusted import printable
 from qtool.errors import UnsupportedError, UsageError
 from qtool.evaluation.buckets import PositionBucket, by_position
 from qtool.evaluation.divergence import Comparison, compared, second_half_perplexity
@@ -43,7 +44,7 @@ class Evaluated:
 
     Args:
         checkpoint: the model.
-        perplexity: over every token but the first of each window.
+        perplexity: over every token but the first of each window; None where no text was run.
         comparison: against the reference; None where there is none.
         seconds: wall time.
         llama_cpp: perplexity by llama.cpp's rule; None for windows too short for it.
@@ -52,7 +53,7 @@ class Evaluated:
     """
 
     checkpoint: Checkpoint
-    perplexity: Estimate
+    perplexity: Estimate | None
     comparison: Comparison | None
     seconds: float
     llama_cpp: Estimate | None = None
@@ -88,6 +89,22 @@ class Evaluation:
 
     results: tuple[Evaluated, ...]
     noise_floor: Comparison | None = None
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{printable(name)}'", f"choose from: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def without_text(models: Sequence[Checkpoint]) -> Evaluation:
+    """Return what is known of models that no text was run on: their size."""
+    return Evaluation(tuple(Evaluated(checkpoint, None, None, 0.0) for checkpoint in models))
 
 
 def evaluate(
@@ -133,11 +150,9 @@ def evaluate_fully(
         UnsupportedError, DamagedError, NumericalError: as `evaluate`.
         CapacityError: no room for the cache.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", f"choose from: {', '.join(DTYPES)}")
     _check_noise_floor(reference, extent, dtype)
     parts = [windows.ids, *([extent.domains.ids] if extent.domains is not None else [])]
-    setting = Setting(torch.cat(parts), device, DTYPES[dtype], progress)
+    setting = Setting(torch.cat(parts), device, dtype_of(dtype), progress)
     for checkpoint in [*models, *([reference] if reference else [])]:
         _check_vocabulary(checkpoint, windows)
         if reference is not None:

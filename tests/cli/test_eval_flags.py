@@ -15,6 +15,8 @@ from test_bad_requests import assert_refused
 from test_streams_and_exit_codes import start
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
+from qtool.errors import CapacityError
+
 SMALL = ("--ctx", "32", "-n", "3")
 REF = ("--ref", "./model")
 
@@ -155,11 +157,24 @@ def test_an_interrupted_run_ends_with_130_and_its_windows_are_kept(here):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert json.loads(out)["error"]["code"] == "interrupted"
+    error = json.loads(out)["error"]
+    assert (error["code"], error["resumable"]) == ("interrupted", True)
+    assert "kept" in error["hint"]
     assert "Traceback" not in err
     kept = [*(here / "kept").rglob("*")]
     assert any(path.suffix == ".logits" for path in kept)
     assert not any(path.name.startswith(".") for path in kept)
+
+
+def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(here, qtool, monkeypatch):
+    def full(*_):
+        raise CapacityError("cannot write page: No space left on device")
+
+    monkeypatch.setattr("qtool.evaluation.report.write_report", full)
+    outcome = qtool("eval", "./model", *SMALL, "--report", "page", "--json")
+    assert outcome.code == 4
+    assert "No space left" in outcome.err
+    assert outcome.value["results"]  # which is one JSON object, and the figures are not lost
 
 
 # --- gates ---------------------------------------------------------------------------------------

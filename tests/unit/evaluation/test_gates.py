@@ -33,6 +33,18 @@ RESULT = {
         },
         "top1": {"value": 0.91, "se": 0.004, "tokens": 9},
         "flips": {"value": 0.06, "se": 0.002, "tokens": 9},
+        "tasks": {
+            "arc.v1": {
+                "metric": "acc",
+                "samples": 50,
+                "value": 0.6,
+                "se": 0.07,
+                "reference": 0.62,
+                "difference": -0.02,
+                "difference_se": 0.014,
+                "other": {"acc_norm": {"value": 0.7, "se": 0.06}},
+            }
+        },
     },
     "tokenizer": {"same": True, "template": "different", "differences": ["it"]},
 }
@@ -83,9 +95,55 @@ def test_loss_is_the_rise_of_perplexity():
 def test_every_measure_finds_its_value_and_error():
     for name, measure in MEASURES.items():
         limit = {"number": "<1", "size": "<1GB", "same": "==same"}[measure.kind]
-        found = outcome(f"{name}{limit}")
+        found = outcome(f"{name}{':arc.v1' if measure.of_task else ''}{limit}")
         assert found.value is not None
-        assert (found.error is not None) == bool(measure.error_path)
+        assert (found.error is not None) == bool(measure.error_path or measure.of_task)
+
+
+@pytest.mark.parametrize(
+    ("text", "passed", "value", "error"),
+    [
+        ("task:arc.v1>=60%", True, 0.6, 0.07),
+        ("TASK:arc.v1.acc>0.6", False, 0.6, 0.07),
+        ("task : arc.v1>=0.6", None, None, None),
+        ("task:arc.v1.acc_norm>=0.7", True, 0.7, 0.06),
+        ("task_drop:arc.v1<=2%", True, 0.02, 0.014),
+        ("task_drop:arc.v1<=1%", False, 0.02, 0.014),
+        ("task_drop:arc.v1.acc_norm<=1%", False, None, None),  # has no pair
+        ("task:arc.v1.f1>=0", False, None, None),
+    ],
+)
+def test_a_gate_on_a_task(text, passed, value, error):
+    if passed is None:
+        with pytest.raises(UsageError, match="is not a gate"):
+            parse_gate(text)
+        return
+    found = outcome(text)
+    assert (found.passed, found.error) == (passed, error)
+    assert found.value == (value if value is None else pytest.approx(value))
+
+
+def test_a_gate_names_the_task_that_it_looked_at():
+    shown = shown_outcome(outcome("task_drop:arc.v1<=1%"))
+    assert "failed: task_drop arc.v1 of ./small is 2 % ± 1.4 %" in shown
+
+
+@pytest.mark.parametrize("text", ["task>=0.5", "task_drop<=1%", "kld:arc<=1", "task:a b>=1"])
+def test_tasks_and_nothing_else_are_named_behind_a_colon(text):
+    with pytest.raises(UsageError):
+        parse_gate(text)
+
+
+def test_a_gate_on_a_task_that_is_not_run_is_refused_before_the_run():
+    gates = parse_gates(["task:arc.v1.acc>=0.5", "task_drop:arc.v1<=1%"])
+    check_measurable(gates, has_reference=True, tasks=["arc.v1"])
+    with pytest.raises(UsageError, match=r"no task 'arc.v1"):
+        check_measurable(gates, has_reference=True, tasks=["arc"])
+    with pytest.raises(UsageError) as caught:
+        check_measurable(gates, has_reference=True)
+    assert "--task-file" in caught.value.hint
+    with pytest.raises(UsageError, match="compares with an original"):
+        check_measurable(gates, has_reference=False, tasks=["arc.v1"])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,30 @@ def texts(svg):
     return [element.text for element in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
+def test_tasks_stand_beside_the_originals_score():
+    value = evaluation()
+    files = report_files(value)
+    page = Page(files["index.html"]).words
+    assert "quiz, acc: gptq4 72.5 ± 5.6 % 75.0 % -2.5 ± 3.0 % 3, 4 0.40 60" in page
+    line = r"| quiz, acc\_norm: gptq4 | 70.0 ± 5.6 % | 72.0 % | \-2.0 ± 3.0 % | 3, 4 | 0.40 | 60 |"
+    assert line in files["REPORT.md"]
+    for result in value["results"]:
+        del result["metrics"]["tasks"]
+    assert "Tasks" not in Page(report_files(value)["index.html"]).words
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_task_may_be_called_anything(name):
+    value = evaluation()
+    tasks = value["results"][0]["metrics"]["tasks"]
+    tasks[name] = {**tasks.pop("quiz"), "metric": name, "other": {name: {"value": 0.5}}}
+    files = report_files(value)
+    clean = report_files(evaluation())
+    page, expected = Page(files["index.html"]), Page(clean["index.html"])
+    assert set(page.tags) == set(expected.tags)
+    assert not [key for key, _ in page.attributes if key.startswith("on")]
+
+
 def test_a_report_has_a_page_its_text_its_plots_and_its_figures(tmp_path):
     paths = write_report(evaluation(), tmp_path / "report")
     assert paths[0] == tmp_path / "report" / "index.html"
