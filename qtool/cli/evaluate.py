@@ -106,6 +106,7 @@ def evaluate(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_progress: options.NoProgress = False,
@@ -122,22 +123,36 @@ def evaluate(
             from qtool.evaluation.report import check_report
 
             check_report(report_directory)
+        from functools import partial
+
+        from qtool.calibration.datasets import parse_dataset
+        from qtool.cli.admission import admitted, check_files
+
+        text = parse_dataset(NAMED_DATA.get(data, data))
+        _check_domains(text, data, wanted=domains)
+        admit = partial(
+            admitted,
+            terminal=terminal,
+            offline=offline,
+            gguf=True,
+            trust_remote_code=trust_remote_code,
+            datasets=[text],
+            needs_tokenizer=True,
+        )
+        original = None if reference is None else admit(reference, revision=revision)
+        # --revision is that of the original, or without one of the models themselves.
+        own = revision if reference is None else None
+        found = [admit(name, revision=own) for name in models]
+        check_files([*found, *([original] if original else [])])
+
         names = _names(metrics, limits, has_reference=reference is not None)
         ends, length = _lengths(context, long_context)
 
         from qtool import device as devices
-        from qtool.calibration.datasets import parse_dataset
-        from qtool.checkpoint.locate import locate
         from qtool.cli.evaluate_report import Report, render, result_object, results_of
         from qtool.pipeline.evaluate import Extent, evaluate_fully
 
-        text = parse_dataset(NAMED_DATA.get(data, data))
-        _check_domains(text, data, wanted=domains)
         target = devices.resolve(device)
-        original = None if reference is None else locate(reference, revision, offline, gguf=True)
-        # --revision is that of the original, or without one of the models themselves.
-        own = revision if reference is None else None
-        found = [locate(name, own, offline, gguf=True) for name in models]
         progress = terminal.progress()
         checks = _checked_tokenizers(found, original, progress)
         limit = None if every else windows
@@ -279,6 +294,7 @@ def _windows(
     from contextlib import contextmanager
 
     from qtool.calibration.tokens import evaluation_windows
+    from qtool.cli.calibration_data import check_ids
 
     directories = (model for model in models if not model.gguf)
     chosen = original or next(directories, models[0])
@@ -297,6 +313,7 @@ def _windows(
 
     with opened() as tokenizer:
         found = evaluation_windows(tokenizer, text, length=length, limit=limit)
+        check_ids(chosen, found)
         if not domains:
             return found, None
         from qtool.evaluation.domains import domain_windows

@@ -13,6 +13,7 @@ from qtool.cli.session import session
 from qtool.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.locate import Checkpoint
     from qtool.console import Terminal
     from qtool.recipe.schema import Recipe
 
@@ -140,6 +141,7 @@ def quantize(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
@@ -155,6 +157,7 @@ def quantize(
     ) as terminal:
         if evaluation not in {*EVALUATIONS, None}:
             raise UsageError(f"unknown --eval '{evaluation}'", "choose quick or none")
+        from qtool.cli.admission import admitted_for
         from qtool.cli.recipe_flags import build_recipe
 
         flags = {
@@ -185,15 +188,23 @@ def quantize(
             "modelfile": modelfile,
         }
         built = build_recipe(model, recipe, flags, settings or [])
+        checkpoint = admitted_for(
+            built,
+            terminal,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            statistics=statistics,
+            file=recipe,
+        )
         _plan_and_run(
             terminal,
+            checkpoint,
             built,
             again=_again(model, flags, recipe=recipe, settings=settings, statistics=statistics),
             dry_run=dry_run,
             output=output,
             statistics=statistics,
             device=device,
-            offline=offline,
             overwrite=overwrite,
             max_ram=max_ram,
         )
@@ -219,26 +230,24 @@ def _again(model: str | None, flags: dict[str, Any], **files: Any) -> str:
 
 def _plan_and_run(
     terminal: Terminal,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     *,
     again: str,
     output: Path | None,
     statistics: Path | None,
     device: str,
-    offline: bool,
     overwrite: bool,
     max_ram: str | None,
     dry_run: bool,
 ) -> None:
     from qtool import device as devices
-    from qtool.checkpoint.locate import locate
     from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
     from qtool.cli.recipe_flags import destinations
     from qtool.pipeline.plan import make_plans
     from qtool.pipeline.quantize import RunSettings, check_outputs, run_plan
     from qtool.recipe.sizes import parse_size
 
-    checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
     pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
     recipe = recipe.model_copy(update={"model": pinned})
     plans = make_plans(checkpoint, recipe, importance=statistics is not None)
