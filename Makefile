@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZER
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick test-gpu interop check lint types format docs bench clean
+.PHONY: help install demo test quick test-gpu interop fuzz check lint types format docs bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,14 @@ $(INTEROP)/.installed: tests/interop/constraints-gptqmodel.txt
 	$(INTEROP)/bin/pip install -q -c constraints.txt torch
 	$(INTEROP)/bin/pip install -q --no-deps -r $<
 	touch $@
+
+# A minute, as in CI; what it finds stays as crash-* beside the corpus.
+FUZZ_SECONDS ?= 60
+
+fuzz: install ## fuzz the GGUF pre-check for a minute
+	mkdir -p .fuzz
+	$(RUN)/python tests/hostile/fuzz_gguf_header.py .fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
+		-timeout=5 -rss_limit_mb=1024 -max_len=65536 -artifact_prefix=.fuzz/
 
 check: lint types docs-current ## everything a change must pass besides the tests
 

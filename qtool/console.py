@@ -78,8 +78,9 @@ class Terminal:
             self.err.print(Text(f"  try: {printable_line(error.hint)}"), soft_wrap=True)
 
     def progress(self) -> TerminalProgress:
-        """Return progress that draws on stderr."""
-        self._progress = TerminalProgress(self)
+        """Return the command's progress, which draws on stderr and keeps its warnings."""
+        if self._progress is None:
+            self._progress = TerminalProgress(self)
         return self._progress
 
     def close(self) -> None:

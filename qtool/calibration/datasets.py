@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.calibration.builtin import builtin_pieces
+from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import DamagedError, HubError, UsageError
 from qtool.recipe.schema import Dataset
 
@@ -31,6 +33,12 @@ CHAT_COLUMNS = ("messages", "conversations")
 TEXT_COLUMN = "text"
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for what templates call roles
 SHUFFLE_BUFFER = 2_000  # rows of a streamed dataset that are shuffled together
+
+MAX_FILE_BYTES = 4 << 30
+MAX_TEXT = 1 << 29  # characters of all rows of a parquet file together
+MAX_LINE_BYTES = 64 << 20  # of a .jsonl file
+CHECKED_BYTES = 128 << 20  # of a file that is looked through before anything else is done
+ROWS_AT_ONCE = 64  # of a parquet file: a few compressed bytes may stand for long texts
 
 _WINDOWS = re.compile(r":n=([^:]*)$")
 _FILE = re.compile(r"(?P<path>.+\.(?P<kind>txt|jsonl|parquet))(?::(?P<column>[^:]+))?", re.I)
@@ -153,6 +161,7 @@ def read_rows(spec: DatasetSpec, seed: int | None) -> Iterator[Row]:
             yield Row(text, place=f"builtin[{index}]")
         return
     path = Path(spec.source)
+    _check_place(path)
     read = {".txt": _text_row, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     try:
         rows = read[path.suffix.lower()](path, spec.column)
@@ -164,6 +173,40 @@ def read_rows(spec: DatasetSpec, seed: int | None) -> Iterator[Row]:
     if seed is not None:
         random.Random(seed).shuffle(rows)  # noqa: S311 - a shuffle, not a secret
     yield from rows
+
+
+def check_file(spec: DatasetSpec) -> None:
+    """Read a dataset that is a file once, if it is not too long, and keep nothing of it.
+
+    Raises:
+        UsageError, DamagedError: as `read_rows`.
+    """
+    if spec.kind != "file":
+        return
+    path = Path(spec.source)
+    _check_place(path)
+    # A few bytes of parquet may stand for any length of text, which is counted as it is read.
+    if path.stat().st_size <= CHECKED_BYTES:
+        for _ in read_rows(spec, None):
+            pass
+
+
+def _check_place(path: Path) -> None:
+    """Refuse what would block for ever, and more text than any calibration reads."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "not a valid path"
+        raise UsageError(f"cannot read dataset '{shown_path(path)}': {why}", FORMS) from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a file"
+        raise UsageError(f"cannot read dataset '{shown_path(path)}': it is {kind}", FORMS)
+    if found.st_size > MAX_FILE_BYTES:
+        raise UsageError(
+            f"dataset '{shown_path(path)}' has {found.st_size} bytes, more than the "
+            f"{MAX_FILE_BYTES} qtool reads",
+            "give a part of it: calibration needs some hundred thousand tokens",
+        )
 
 
 def _text_row(path: Path, _column: str | None) -> list[Row]:
@@ -184,12 +227,17 @@ def _decoded(data: bytes, place: str) -> str:
 
 
 def _jsonl_rows(path: Path, column: str | None) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            place = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DamagedError(
+                    f"{place}: a line of more than {MAX_LINE_BYTES} bytes",
+                    'a .jsonl file holds one object a line, such as {"text": "..."}',
+                )
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
             text = _decoded(line, place).removeprefix("\ufeff")
             try:
                 record = json.loads(text)
@@ -217,14 +265,24 @@ def _parquet_rows(path: Path, column: str | None) -> list[Row]:
             wanted = [column] if column else [*CHAT_COLUMNS, TEXT_COLUMN]
             names = table.schema_arrow.names
             # With none of them there, the first record says so and nothing more is read.
-            batches = table.iter_batches(columns=[n for n in names if n in wanted] or None)
+            columns = [name for name in names if name in wanted] or None
+            batches = table.iter_batches(ROWS_AT_ONCE, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
-            return [_row(r, column, f"{path}:{n}") for n, r in enumerate(records, start=1)]
-        except (pa.ArrowException, OSError) as error:
+            rows, size = [], 0
+            for number, record in enumerate(records, start=1):
+                rows.append(_row(record, column, f"{path}:{number}"))
+                size += len(rows[-1].text) + sum(len(m["content"]) for m in rows[-1].messages)
+                if size > MAX_TEXT:
+                    raise DamagedError(
+                        f"{path}:{number}: the rows hold more than {MAX_TEXT} characters",
+                        "give a part of it: calibration needs some hundred thousand tokens",
+                    )
+        except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
             raise DamagedError(
                 f"{path}: not a readable parquet file: {_first_line(error)}",
                 "download or write it again",
             ) from error
+    return rows
 
 
 def _row(record: Mapping[str, Any], column: str | None, place: str) -> Row:
@@ -234,7 +292,7 @@ def _row(record: Mapping[str, Any], column: str | None, place: str) -> Row:
         if isinstance(value, list) and value:
             return Row("", tuple(_message(m, f"{place}: {key}") for m in value), place)
         if isinstance(value, str):
-            return Row(value, place=place)
+            return Row(_text(value, place), place=place)
         if key in record and value in (None, []) and (column or key == TEXT_COLUMN):
             return Row("", place=place)  # a null is an empty document, not a mistake
     wanted = f"no text or chat in column '{column}'" if column else "no column 'text' or 'messages'"
@@ -243,6 +301,19 @@ def _row(record: Mapping[str, Any], column: str | None, place: str) -> Row:
         f"columns there: {', '.join(map(str, record)) or 'none'}; choose one with FILE:COLUMN or "
         "hf:ID:SPLIT:COLUMN",
     )
+
+
+def _text(text: str, place: str) -> str:
+    """Return a text that is one; JSON can spell halves of characters, which no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DamagedError(
+                f"{place}: holds half of a surrogate pair, which is no character",
+                "correct the row",
+            ) from error
+    return text
 
 
 def _message(message: Any, place: str) -> dict[str, str]:
@@ -255,7 +326,7 @@ def _message(message: Any, place: str) -> dict[str, str]:
         if content is None:
             content = ""  # a message that only calls a tool
         if isinstance(role, str) and isinstance(content, str):
-            return {"role": ROLES.get(role, role), "content": content}
+            return {"role": _text(ROLES.get(role, role), place), "content": _text(content, place)}
     raise UsageError(
         f"{place}: not a chat message",
         'a message is {"role": "user", "content": "..."} or {"from": "human", "value": "..."}',

@@ -19,21 +19,26 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.importance_repair import Faults, Floats, usable_magnitudes, usable_means
-from qtool.calibration.legacy_imatrix import LONGEST_NAME, looks_legacy, read_legacy
+from qtool.calibration.legacy_imatrix import LegacyMatrix
 from qtool.calibration.moments import Moments
-from qtool.checkpoint.gguf_header import MAGIC, GgufContents, read_gguf
+from qtool.calibration.statistics_source import (
+    COUNTS,
+    HINT,
+    SUM_ABSOLUTE,
+    SUM_SQUARES,
+    open_statistics,
+)
+from qtool.checkpoint.gguf_header import GgufContents
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.untrusted import printable, shown_path
-from qtool.errors import DamagedError, UsageError
+from qtool.errors import DamagedError
 
-SUM_SQUARES, SUM_ABSOLUTE, COUNTS = ".in_sum2", ".in_abs", ".counts"
 CHUNK_COUNT, CHUNK_SIZE, DATASETS = (
     "imatrix.chunk_count",
     "imatrix.chunk_size",
     "imatrix.datasets",
 )
 LEGACY_CHUNK = 512  # tokens of a call; the old files do not say, and this is llama.cpp's default
-HINT = "make one with: qtool calibrate MODEL -o stats.gguf"
 
 
 @dataclass(frozen=True)
@@ -129,29 +134,16 @@ def read_statistics(path: Path) -> Statistics:
         UsageError: no such file, or not statistics.
         DamagedError: truncated or malformed.
     """
-    try:
-        if not path.is_file():
-            reason = "it is not a file" if path.exists() else "there is none"
-            raise UsageError(f"cannot read statistics {shown_path(path)}: {reason}", HINT)
-        with path.open("rb") as file:
-            beginning = file.read(8 + LONGEST_NAME)
-    except OSError as error:
-        raise UsageError(
-            f"cannot read statistics {shown_path(path)}: {error.strerror}", HINT
-        ) from error
-    if beginning.startswith(MAGIC):
-        return _from_gguf(read_gguf(path))
-    if looks_legacy(beginning):
-        return _from_legacy(path)
-    raise UsageError(f"{shown_path(path)} is not a statistics file", HINT)
+    found = open_statistics(path)
+    if isinstance(found, LegacyMatrix):
+        return _from_legacy(path, found)
+    return _from_gguf(found)
 
 
 def _from_gguf(contents: GgufContents) -> Statistics:
     where = shown_path(contents.path)
     refs = {ref.name: ref for ref in contents.tensors}
     names = [name.removesuffix(SUM_SQUARES) for name in refs if name.endswith(SUM_SQUARES)]
-    if not names:
-        raise UsageError(f"{where} holds no calibration statistics", HINT)
     moments: dict[str, Moments] = {}
     experts: dict[str, ExpertMoments] = {}
     faults = Faults()
@@ -181,36 +173,14 @@ def _sums(
 ) -> tuple[Floats, Floats, Floats | None]:
     """Read sums of squares [matrices, C], counts [matrices] and, if there, sums of |x|."""
     squares = _floats(where, refs[name + SUM_SQUARES])
-    if name + COUNTS not in refs:
-        raise DamagedError(
-            f"{where}: '{printable(name)}' has no token counts", "run qtool calibrate again"
-        )
     counts = _floats(where, refs[name + COUNTS])
-    absolute = None
-    if name + SUM_ABSOLUTE in refs:
-        absolute = _floats(where, refs[name + SUM_ABSOLUTE])
-        if absolute.size != squares.size:
-            raise DamagedError(
-                f"{where}: '{printable(name)}' has {squares.size} sums of squares but "
-                f"{absolute.size} of |x|",
-                "run qtool calibrate again",
-            )
-    if squares.size % counts.size:
-        raise DamagedError(
-            f"{where}: '{printable(name)}' has {squares.size} sums of squares for {counts.size} "
-            "token counts",
-            "run qtool calibrate again",
-        )
+    absolute = _floats(where, refs[name + SUM_ABSOLUTE]) if name + SUM_ABSOLUTE in refs else None
     shape = (counts.size, squares.size // counts.size)
     return squares.reshape(shape), counts, None if absolute is None else absolute.reshape(shape)
 
 
 def _floats(where: str, ref: TensorRef) -> Floats:
     """Return a tensor's values, flat."""
-    if ref.dtype != "F32":
-        raise DamagedError(
-            f"{where}: '{printable(ref.name)}' is {ref.dtype}, not F32", "run qtool calibrate again"
-        )
     try:
         raw = np.fromfile(ref.file, "<f4", ref.n_bytes // 4, offset=ref.start)
     except OSError as error:
@@ -220,8 +190,7 @@ def _floats(where: str, ref: TensorRef) -> Floats:
     return raw.astype(np.float32)
 
 
-def _from_legacy(path: Path) -> Statistics:
-    found = read_legacy(path)
+def _from_legacy(path: Path, found: LegacyMatrix) -> Statistics:
     moments: dict[str, Moments] = {}
     faults = Faults()
     for name, entry in found.entries.items():

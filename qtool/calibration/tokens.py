@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.datasets import DatasetSpec, Row, read_rows
-from qtool.errors import UsageError
+from qtool.checkpoint.chat_sandbox import MAX_SECONDS, Conversation, render_all
+from qtool.checkpoint.untrusted import printable
+from qtool.errors import DamagedError, UsageError
 
 ChatTemplate = Literal["auto", "on", "off"]
 
@@ -31,6 +33,9 @@ ChatTemplate = Literal["auto", "on", "off"]
 LONGEST_CALL = 8_000_000  # characters
 EVALUATION_CALL = 1_000_000  # characters of rows that are joined, so that `limit` stops early
 BATCH = 32  # rows tokenized together
+TEMPLATE_DATE = "26 Jul 2024"
+TEMPLATE_ROOM = 1 << 16  # characters that a template may add to a chat
+CHARACTERS_PER_SECOND = 1_000_000  # that the slowest honest template still writes
 
 
 @dataclass(frozen=True)
@@ -181,28 +186,59 @@ def _templated(tokenizer: Any, chat_template: ChatTemplate) -> bool:
     return chat_template != "off" and bool(tokenizer.chat_template)
 
 
-def _rendered(tokenizer: Any, row: Row, templated: bool) -> str:
-    """Return the text of a row; a chat as its template writes it, or as bare messages."""
-    if not row.messages:
-        return row.text
-    if not templated:
-        return "\n\n".join(message["content"] for message in row.messages)
-    from jinja2 import TemplateError
+def _rendered(tokenizer: Any, rows: list[Row], templated: bool) -> list[str]:
+    """Return the text of rows; chats as the template writes them, or as bare messages.
 
-    try:
-        text: str = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{row.place}: the model's chat template refuses this chat: {error}",
-            "correct the row, or use --chat-template off",
-        ) from error
-    return text
+    The template is a stranger's program: it runs in a process of its own, with limits.
+    """
+    chats = [row for row in rows if row.messages]
+    if not chats or not templated:
+        return [_bare(row) for row in rows]
+    conversations = [
+        Conversation(tuple((m["role"], m["content"]) for m in row.messages), generation=False)
+        for row in chats
+    ]
+    written = sum(len(content) for one in conversations for _, content in one.messages)
+    template: str = tokenizer.get_chat_template()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    # The day is that of Llama 3's own templates: the same data are the same tokens every day.
+    found = render_all(
+        template,
+        special,
+        conversations,
+        date=TEMPLATE_DATE,
+        seconds=MAX_SECONDS + written / CHARACTERS_PER_SECOND,
+        longest=TEMPLATE_ROOM + 8 * written,
+    )
+    texts = dict(zip((row.place for row in chats), found, strict=True))
+    for place, rendering in texts.items():
+        if rendering.text is None:
+            raise UsageError(
+                f"{place}: the model's chat template refuses this chat: "
+                f"{printable(rendering.reason)}",
+                "correct the row, or use --chat-template off",
+            )
+    return [texts[row.place].text or "" if row.messages else row.text for row in rows]
+
+
+def _bare(row: Row) -> str:
+    return row.text or "\n\n".join(message["content"] for message in row.messages)
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = batch["input_ids"]
+    faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
+    try:
+        batch = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = batch["input_ids"]
+    except faults as error:
+        where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
+        raise DamagedError(
+            f"the tokenizer of {where} fails on the text: {printable(error)}",
+            "compare its tokenizer files with the original model's",
+        ) from error
     return ids
 
 
@@ -211,7 +247,7 @@ def _joined(tokenizer: Any, rows: Iterator[Row], needed: int, templated: bool) -
     stream: list[int] = []
     end = tokenizer.eos_token_id
     while len(stream) < needed and (batch := list(islice(rows, BATCH))):
-        texts = [_rendered(tokenizer, row, templated) for row in batch]
+        texts = _rendered(tokenizer, batch, templated)
         for row, ids in zip(batch, _encode(tokenizer, texts), strict=True):
             stream += ids
             if ids and end is not None and not (templated and row.messages):
@@ -223,12 +259,18 @@ def _stream(tokenizer: Any, rows: Iterator[Row], limit: int | None) -> Tensor:
     """Tokenize rows as one text, blank lines between them, until `limit` tokens exist."""
     parts, count = [torch.empty(0, dtype=torch.int64)], 0
     templated = bool(tokenizer.chat_template)
-    for piece in _pieces(_rendered(tokenizer, row, templated) for row in rows):
+    for piece in _pieces(_texts(tokenizer, rows, templated)):
         parts.append(torch.tensor(_encode(tokenizer, [piece])[0], dtype=torch.int64))
         count += len(parts[-1])
         if limit is not None and count >= limit:
             break
     return torch.cat(parts)
+
+
+def _texts(tokenizer: Any, rows: Iterator[Row], templated: bool) -> Iterator[str]:
+    """Yield the texts of rows, as many chats at a time as go through the template together."""
+    while batch := list(islice(rows, BATCH)):
+        yield from _rendered(tokenizer, batch, templated)
 
 
 def _pieces(texts: Iterator[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from qtool.checkpoint.untrusted import (
     GET_AGAIN,
     open_regular,
     parse_json_object,
+    present,
     printable,
     read_json_object,
     shown_path,
@@ -122,10 +123,10 @@ def checkpoint_refs(directory: Path) -> dict[str, TensorRef]:
         UnsupportedError: there are only pickle weights, which qtool never opens.
         UsageError: there are no weights at all.
     """
-    if (directory / SINGLE_FILE).exists():
+    if present(directory / SINGLE_FILE):
         refs = {ref.name: ref for ref in read_header(directory / SINGLE_FILE)}
         place = directory / SINGLE_FILE
-    elif (directory / INDEX_FILE).exists():
+    elif present(directory / INDEX_FILE):
         refs = _indexed_refs(directory)
         place = directory / INDEX_FILE
     else:
@@ -274,17 +275,30 @@ def _shard_path(index: Path, name: str) -> Path:
             f"{shown_path(shard)} is missing, though {INDEX_FILE} names it",
             "download the missing file, or the model again",
         )
-    target, home = shard.resolve(), index.parent.resolve()
+    refuse_link_out(shard, index.parent)
+    return shard
+
+
+def refuse_link_out(path: Path, directory: Path) -> None:
+    """Refuse a file that is a link to somewhere outside its model's directory.
+
+    Raises:
+        DamagedError: it is, and not into the hub's own cache.
+    """
+    try:
+        target, home = path.resolve(strict=True), directory.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DamagedError(f"{shown_path(path)} is a link to nothing", GET_AGAIN) from error
     # The hub's cache keeps files in models--x/blobs and links to them from models--x/snapshots/y.
     in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(
         "models--"
     )
-    if target.parent != home and not in_hub_cache:
+    inside = target.parent == path.parent.resolve() and target.is_relative_to(home)
+    if not inside and not in_hub_cache:
         raise DamagedError(
-            f"{shown_path(shard)} is a link that leaves the model's directory",
+            f"{shown_path(path)} is a link that leaves the model's directory",
             "put the file itself into the directory if you trust it",
         )
-    return shard
 
 
 def _no_weights(directory: Path) -> UnsupportedError | DamagedError | UsageError:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.gguf_header import GgufContents, is_gguf
 from qtool.checkpoint.gguf_split import model_stem, read_gguf_split
-from qtool.checkpoint.header import TensorRef, checkpoint_refs, read_header
+from qtool.checkpoint.header import (
+    PICKLE_SUFFIXES,
+    TensorRef,
+    checkpoint_refs,
+    read_header,
+    refuse_link_out,
+)
 from qtool.checkpoint.untrusted import GET_AGAIN, printable, read_json_object, shown_path
 from qtool.errors import DamagedError, UnsupportedError, UsageError
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
+MAX_DEPTH = 64  # of objects and lists inside each other
 
 # Files that belong to a model beside its weights and are copied byte for byte.
 KEPT_PATTERNS = (
@@ -48,6 +55,10 @@ DROPPED_PATTERNS = (
     "hf_quant_config.json",
     "qtool-*.json",
 )
+
+# Programs and pickles, whatever they are called: never opened, never carried along.
+CODE_SUFFIXES = PICKLE_SUFFIXES | {".py", ".pyc", ".pickle", ".npy", ".npz", ".so", ".dll", ".sh"}
+MAX_COMPANION_BYTES = 512 << 20  # the largest tokenizer in use has 33 MB
 
 # Key of config.json -> the largest value that is not absurd; all are positive integers.
 LARGEST = {
@@ -150,6 +161,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise _absurd(path, "model_type", config.get("model_type"), "the name of a model family")
     _check_numbers(path, config, "")
+    _check_values(path, config)
     inner = config.get("text_config")
     if isinstance(inner, dict):
         _check_numbers(path, inner, "text_config.")
@@ -177,19 +189,62 @@ def _check_numbers(path: Path, config: Mapping[str, Any], prefix: str) -> None:
         raise _absurd(path, prefix + "tie_word_embeddings", tied, "true or false")
 
 
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse NaN, which compares with nothing, and nesting that recursion would not survive."""
+    waiting: list[tuple[str, object, int]] = [("", config, 0)]
+    while waiting:
+        key, value, depth = waiting.pop()
+        if isinstance(value, float) and value != value:  # noqa: PLR0124 - only NaN is not itself
+            raise _absurd(path, printable(key), value, "a number")
+        if depth > MAX_DEPTH:
+            raise DamagedError(
+                f"{shown_path(path)} is nested more than {MAX_DEPTH} deep", GET_AGAIN
+            )
+        items: Iterable[tuple[object, object]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        waiting += [(f"{key}.{name}" if key else str(name), one, depth + 1) for name, one in items]
+
+
 def _absurd(path: Path, key: str, value: object, expected: str) -> DamagedError:
     shown = "no value" if value is None else printable(repr(value))
     return DamagedError(f"{shown_path(path)}: {key} is {shown}, not {expected}", GET_AGAIN)
 
 
 def extra_files(directory: Path) -> tuple[Path, ...]:
-    """List the files beside the weights that a copy of the model keeps, byte for byte."""
+    """List the files beside the weights that a copy of the model keeps, byte for byte.
+
+    Raises:
+        DamagedError: one of them is a link out of the directory, which would carry a file of this
+            machine into the result, or is absurdly large.
+    """
     found = {path for pattern in KEPT_PATTERNS for path in directory.glob(pattern)}
-    return tuple(
+    kept = [
         path
         for path in sorted(found)
-        if path.is_file() and not any(fnmatch.fnmatch(path.name, p) for p in DROPPED_PATTERNS)
-    )
+        if not any(fnmatch.fnmatch(path.name, p) for p in DROPPED_PATTERNS)
+        and path.suffix.lower() not in CODE_SUFFIXES
+        and _is_file(path)
+    ]
+    for path in kept:
+        refuse_link_out(path, directory)
+        size = path.stat().st_size
+        if size > MAX_COMPANION_BYTES:
+            raise DamagedError(
+                f"{shown_path(path)} has {size} bytes, more than the {MAX_COMPANION_BYTES} that "
+                "qtool carries along",
+                "remove it from the directory if the model does not need it",
+            )
+    return tuple(kept)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a loop of links
+        return False
 
 
 def _open_directory(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qtool.errors import DamagedError
+from qtool.errors import DamagedError, QtoolError
 
 MAX_SHOWN_CHARACTERS = 200
 # Below this a JSON text cannot blow up into more than some hundred megabytes of Python objects.
@@ -51,6 +53,23 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
             f"cannot read {shown_path(path)}: {reason}", "check the path and its permissions"
         ) from error
     return file, path.stat().st_size
+
+
+def present(path: Path) -> bool:
+    """Tell whether there is anything of that name, be it a link that leads nowhere."""
+    return path.is_symlink() or path.exists()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a path before what a refusal says, unless it names the file itself."""
+    try:
+        yield
+    except QtoolError as error:
+        where = shown_path(path)
+        if where in error.message:
+            raise
+        raise type(error)(f"{where}: {error.message}", error.hint) from error
 
 
 def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:

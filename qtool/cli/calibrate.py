@@ -29,6 +29,7 @@ def calibrate(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     merge: Annotated[
         Optional[list[Path]],  # noqa: UP045 - typer reads this at run time
         typer.Option("--merge", metavar="OTHER", help="Statistics to add. Repeatable."),
@@ -45,18 +46,9 @@ def calibrate(
     ) as terminal:
         if output is None:
             raise UsageError("no output given", "name one: -o stats.gguf")
-        from rich.text import Text
-
-        from qtool import device as devices
-        from qtool.calibration.merging import merged
-        from qtool.checkpoint.locate import locate
-        from qtool.checkpoint.untrusted import printable
-        from qtool.cli.calibration_data import calibration_windows
+        from qtool.calibration.datasets import from_recipe
+        from qtool.cli.admission import admitted
         from qtool.cli.recipe_flags import build_recipe
-        from qtool.model.family import family_of
-        from qtool.pipeline.calibrate import calibrate as run
-        from qtool.pipeline.calibrate import save_statistics
-        from qtool.recipe.sizes import parse_size
 
         if output.exists() and not overwrite:
             raise UsageError(f"the output {output} exists", "choose another -o, or --overwrite")
@@ -68,7 +60,27 @@ def calibrate(
             "seed": seed,
         }
         recipe = build_recipe(model, None, flags, [])
-        checkpoint = locate(model, revision, offline)
+        checkpoint = admitted(
+            model,
+            terminal,
+            revision=revision,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            statistics=merge or (),
+            datasets=[from_recipe(entry) for entry in recipe.calibration.datasets],
+            needs_tokenizer=True,
+        )
+        from rich.text import Text
+
+        from qtool import device as devices
+        from qtool.calibration.merging import merged
+        from qtool.checkpoint.untrusted import printable
+        from qtool.cli.calibration_data import calibration_windows
+        from qtool.model.family import family_of
+        from qtool.pipeline.calibrate import calibrate as run
+        from qtool.pipeline.calibrate import save_statistics
+        from qtool.recipe.sizes import parse_size
+
         family = family_of(checkpoint.config)
         progress = terminal.progress()
         others = _others(merge or [], checkpoint, progress)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool.calibration.datasets import DatasetSpec, from_recipe, parse_dataset
-from qtool.calibration.tokens import Windows, token_windows
 from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.untrusted import printable, shown_path
 from qtool.errors import DamagedError
-from qtool.pipeline.progress import Progress
-from qtool.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from qtool.calibration.tokens import Windows
+    from qtool.pipeline.progress import Progress
+    from qtool.recipe.schema import Recipe
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -18,14 +21,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         DamagedError: there is none, or its files cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
+    # What transformers raises where a file does not say what it expects.
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, ImportError)
+    faults += (RuntimeError, AttributeError, AssertionError, ArithmeticError, StrictDataclassError)
     try:
-        return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return AutoTokenizer.from_pretrained(
+            str(checkpoint.path), local_files_only=True, trust_remote_code=False
+        )
+    except faults as error:
+        reason = printable(" ".join(str(error).split()) or repr(error))
         raise DamagedError(
-            f"the tokenizer of {checkpoint.path} cannot be loaded: {reason}",
+            f"the tokenizer of {shown_path(checkpoint.path)} cannot be loaded: {reason}",
             "tokenizer.json and tokenizer_config.json must lie beside the weights",
         ) from error
 
@@ -37,6 +46,8 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, progress: Progre
         UsageError: data that gives less than one window.
         DamagedError, HubError: as reading the data raises.
     """
+    from qtool.calibration.tokens import token_windows
+
     section = recipe.calibration
     windows = token_windows(
         load_tokenizer(checkpoint),
@@ -48,7 +59,23 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, progress: Progre
     )
     for message in windows.warnings:
         progress.warn("few_windows", message)
+    check_ids(checkpoint, windows)
     return windows
+
+
+def check_ids(checkpoint: Checkpoint, windows: Windows) -> None:
+    """Check that every token of the text has a row in the model's embedding.
+
+    Raises:
+        DamagedError: one has none.
+    """
+    rows, largest = checkpoint.config.get("vocab_size"), int(windows.ids.max())
+    if type(rows) is int and largest >= rows:
+        raise DamagedError(
+            f"the tokenizer of {shown_path(checkpoint.path)} makes the token {largest} of this "
+            f"text, but the embedding has only {rows} rows",
+            "the tokenizer files belong to another model; get both from one place",
+        )
 
 
 def dataset_specs(texts: list[str] | None) -> list[DatasetSpec]:

@@ -115,6 +115,7 @@ def evaluate(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_progress: options.NoProgress = False,
@@ -131,6 +132,28 @@ def evaluate(
             from qtool.evaluation.report import check_report
 
             check_report(report_directory)
+        from functools import partial
+
+        from qtool.calibration.datasets import parse_dataset
+        from qtool.cli.admission import admitted, check_files
+
+        text = parse_dataset(NAMED_DATA.get(data, data))
+        _check_domains(text, data, wanted=domains)
+        admit = partial(
+            admitted,
+            terminal=terminal,
+            offline=offline,
+            gguf=True,
+            trust_remote_code=trust_remote_code,
+            datasets=[text],
+            needs_tokenizer=True,
+        )
+        original = None if reference is None else admit(reference, revision=revision)
+        # --revision is that of the original, or without one of the models themselves.
+        own = revision if reference is None else None
+        found = [admit(name, revision=own) for name in models]
+        check_files([*found, *([original] if original else [])])
+
         asked = task_options.TaskRequest(
             task_files, tasks, task_path, limit, fewshot, chat=chat, offline=offline
         )
@@ -139,18 +162,10 @@ def evaluate(
         _check_text_wanted(names, domains=domains, noise_floor=noise_floor, positions=bool(ends))
 
         from qtool import device as devices
-        from qtool.calibration.datasets import parse_dataset
-        from qtool.checkpoint.locate import locate
         from qtool.cli.evaluate_report import Report, render, result_object, results_of
         from qtool.pipeline.evaluate import Extent, dtype_of, evaluate_fully, without_text
 
-        text = parse_dataset(NAMED_DATA.get(data, data))
-        _check_domains(text, data, wanted=domains)
         target, kind = devices.resolve(device), dtype_of(dtype)
-        original = None if reference is None else locate(reference, revision, offline, gguf=True)
-        # --revision is that of the original, or without one of the models themselves.
-        own = revision if reference is None else None
-        found = [locate(name, own, offline, gguf=True) for name in models]
         progress = terminal.progress()
         checks = _checked_tokenizers(found, original, progress)
         suite = asked.suite()
@@ -331,10 +346,13 @@ def _windows(
 ) -> tuple[Windows, DomainWindows | None]:
     """Tokenize the text."""
     from qtool.calibration.tokens import evaluation_windows
+    from qtool.cli.calibration_data import check_ids
     from qtool.cli.text_tokenizer import text_tokenizer
 
     with text_tokenizer(original, models) as tokenizer:
         found = evaluation_windows(tokenizer, text, length=length, limit=limit)
+        chosen = original or next((model for model in models if not model.gguf), models[0])
+        check_ids(chosen, found)
         if not domains:
             return found, None
         from qtool.evaluation.domains import domain_windows

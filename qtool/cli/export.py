@@ -49,6 +49,7 @@ def export(
     ] = False,
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
@@ -62,12 +63,9 @@ def export(
     with session(
         "export", as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress
     ) as terminal:
-        from qtool.checkpoint.locate import locate
-        from qtool.checkpoint.output import output_place
-        from qtool.cli.export_report import export_result, export_table
-        from qtool.cli.quantize_report import typed
+        from qtool.cli.admission import admitted
         from qtool.cli.recipe_flags import GGUF_KEYS, is_gguf
-        from qtool.pipeline.export import plan_export, run_export
+        from qtool.pipeline.admission import check_conversion
         from qtool.recipe.load import validated
         from qtool.recipe.rules import parse_override
         from qtool.recipe.schema import Export as Section
@@ -89,7 +87,23 @@ def export(
             )
         section = validated(Section, keys, "command line")
         rules = tuple(parse_override(text) for text in override or [])
-        checkpoint = locate(model, revision, offline, gguf=True)
+        checkpoint = admitted(
+            model,
+            terminal,
+            revision=revision,
+            offline=offline,
+            gguf=True,
+            trust_remote_code=trust_remote_code,
+            tokenizer=False,  # is read and judged by what writes it into a GGUF
+            statistics=[] if statistics is None else [statistics],
+        )
+        if section.gguf_type is not None:
+            check_conversion(checkpoint, pre=section.pre)
+        from qtool.checkpoint.output import output_place
+        from qtool.cli.export_report import export_result, export_table
+        from qtool.cli.quantize_report import typed
+        from qtool.pipeline.export import plan_export, run_export
+
         plan = plan_export(
             checkpoint,
             section,

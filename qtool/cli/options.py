@@ -27,6 +27,14 @@ Offline = Annotated[
     bool,
     typer.Option("--offline", help="Use only what is on this machine.", envvar="HF_HUB_OFFLINE"),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Take a model that names code of its own (auto_map) as a plain one of its family. "
+        "The code itself is never run.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="QTOOL_DEVICE"),

@@ -13,6 +13,7 @@ from qtool.cli.session import session
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.locate import Checkpoint
     from qtool.console import Terminal
     from qtool.recipe.schema import Recipe
 
@@ -160,6 +161,7 @@ def quantize(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = True,
     dry_run: Annotated[
@@ -176,7 +178,9 @@ def quantize(
     ) as terminal:
         if evaluation not in {*EVALUATIONS, None}:
             raise UsageError(f"unknown --eval '{evaluation}'", "choose quick or none")
+        from qtool.cli.admission import admitted_for
         from qtool.cli.recipe_flags import build_recipe
+        from qtool.recipe.ladder import steps_of
 
         flags = {
             "method": method,
@@ -209,6 +213,14 @@ def quantize(
             "keep_all": keep_all,
         }
         built = build_recipe(model, recipe, flags, settings or [])
+        checkpoint = admitted_for(
+            steps_of(built)[-1].recipe if built.ladder else built,
+            terminal,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            statistics=statistics,
+            file=recipe,
+        )
         if built.ladder:
             from qtool.cli.quantize_ladder import climb
 
@@ -216,11 +228,11 @@ def quantize(
             again = _again(model, flags, recipe=recipe, settings=settings, statistics=statistics)
             climb(
                 terminal,
+                checkpoint,
                 built,
                 wanted,
                 output=output,
                 statistics=statistics,
-                offline=offline,
                 keep_all=keep_all,
                 dry_run=dry_run,
                 again=again,
@@ -230,13 +242,13 @@ def quantize(
             raise UsageError("--keep-all is for a ladder", "add --ladder")
         _plan_and_run(
             terminal,
+            checkpoint,
             built,
             again=_again(model, flags, recipe=recipe, settings=settings, statistics=statistics),
             dry_run=dry_run,
             output=output,
             statistics=statistics,
             device=device,
-            offline=offline,
             overwrite=overwrite,
             resume=resume,
             max_ram=max_ram,
@@ -276,20 +288,19 @@ def _run_settings(device: str, *, overwrite: bool, resume: bool, max_ram: str | 
 
 def _plan_and_run(
     terminal: Terminal,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     *,
     again: str,
     output: Path | None,
     statistics: Path | None,
     device: str,
-    offline: bool,
     overwrite: bool,
     resume: bool,
     max_ram: str | None,
     dry_run: bool,
 ) -> None:
     from qtool import device as devices
-    from qtool.checkpoint.locate import locate
     from qtool.checkpoint.output import commit_all
     from qtool.cli.quantize_measure import measurer_of
     from qtool.cli.quantize_report import plan_result, plan_table, run_result, run_table
@@ -304,7 +315,6 @@ def _plan_and_run(
         completed,
     )
 
-    checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
     pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
     recipe = recipe.model_copy(update={"model": pinned})
     plans = make_plans(checkpoint, recipe, importance=statistics is not None)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def climb(
     terminal: Terminal,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     settings: RunSettings,
     *,
     output: Path | None,
     statistics: Path | None,
-    offline: bool,
     keep_all: bool,
     dry_run: bool,
     again: str,
@@ -40,7 +40,6 @@ def climb(
         typer.Exit: no rung passed, exit code 3.
         QtoolError: as quantizing raises.
     """
-    from qtool.checkpoint.locate import locate
     from qtool.pipeline.ladder import winner
 
     if statistics is not None:
@@ -48,7 +47,6 @@ def climb(
             "a ladder calibrates on text, since some of its rungs need a Hessian",
             "leave --statistics away",
         )
-    checkpoint = locate(recipe.model.id, recipe.model.revision, offline)
     pinned = recipe.model.model_copy(update={"revision": checkpoint.revision})
     recipe = recipe.model_copy(update={"model": pinned})
     rungs = _planned(checkpoint, recipe, output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qtool.calibration.datasets import parse_dataset
 from qtool.calibration.tokens import evaluation_windows
-from qtool.cli.calibration_data import load_tokenizer
+from qtool.cli.calibration_data import check_ids, load_tokenizer
 from qtool.pipeline.measurement import Measurer, wanted_metrics
 
 if TYPE_CHECKING:
@@ -42,4 +42,5 @@ def measurer_of(
             length=section.context,
             limit=section.windows,
         )
+        check_ids(checkpoint, windows)
     return Measurer(checkpoint, windows, metrics, tuple(gates), device, progress)

@@ -8,48 +8,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.gguf_header import GgufContents
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.untrusted import printable, shown_path
-from qtool.errors import NumericalError, UnsupportedError
+from qtool.checkpoint.untrusted import printable
+from qtool.errors import NumericalError
+from qtool.evaluation.gguf_contents import check_continues_text
 from qtool.evaluation.llama_cpp import LlamaModel
 from qtool.evaluation.llama_trial import check_runs
 from qtool.evaluation.rows import PIECE_ROWS
-
-OTHER_CONTENTS = {  # general.type -> what the file is
-    "imatrix": "an importance matrix",
-    "adapter": "an adapter",
-    "mmproj": "the vision or audio part of a model",
-    "vocab": "a vocabulary without weights",
-}
-
-
-def check_continues_text(contents: GgufContents) -> None:
-    """Check by a file's metadata that it is a language model that predicts the next token.
-
-    Args:
-        contents: of the file, or of the first of its parts.
-
-    Raises:
-        UnsupportedError: it is something else.
-    """
-    known = {key: value.content for key, value in contents.metadata.items()}
-    architecture = known.get("general.architecture")
-    pooled = f"{architecture}.pooling_type" in known
-    other = OTHER_CONTENTS.get(str(known.get("general.type", "")))
-    if other is None and architecture == "clip":
-        other = OTHER_CONTENTS["mmproj"]
-    if other is None and (pooled or known.get(f"{architecture}.attention.causal") is False):
-        other = "a model that embeds text"
-    if other is None and not contents.tensors:
-        other = OTHER_CONTENTS["vocab"]
-    if other is None and architecture is None:
-        other = "no model: it names no architecture"
-    if other is not None:
-        raise UnsupportedError(
-            f"{shown_path(contents.path)} is {other}",
-            "give the GGUF file of a language model",
-        )
 
 
 class GgufModel:

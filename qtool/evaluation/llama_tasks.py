@@ -15,7 +15,7 @@ from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import UnsupportedError
 from qtool.evaluation.continuations import Answer, Begin, Request, Tokens, covers, no_steps
-from qtool.evaluation.gguf_model import check_continues_text
+from qtool.evaluation.gguf_contents import check_continues_text
 from qtool.evaluation.llama_cpp import TOKENS_AT_ONCE, Batch, LlamaModel, fill
 from qtool.evaluation.llama_trial import check_runs
 from qtool.evaluation.rows import log_totals

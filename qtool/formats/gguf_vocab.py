@@ -262,7 +262,8 @@ def _filled(
     beyond = sorted(number for number in pieces if number >= size)
     if any(number not in files.added for number in beyond):
         raise DamagedError(
-            f"{where}: the tokenizer has {len(pieces)} tokens, the embedding only {size} rows",
+            f"{shown_path(files.tokenizer_path)} has the token number {beyond[-1]}, the embedding "
+            f"only {size} rows",
             "the tokenizer files belong to another model; get both from one place",
         )
     if beyond:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from qtool.checkpoint.chat_sandbox import Conversation, Message, Rendering, render_all
 from qtool.errors import UsageError
-from qtool.formats.chat_sandbox import Conversation, Message, Rendering, render_all
 
 TURN_ENDS = ("eos_token", "eot_token")
 TRIPLE = '"""'

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.errors import UnsupportedError
-from qtool.grids.protocol import Grid, QuantizedTensor
 from qtool.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qtool.grids.protocol import Grid, QuantizedTensor
 
 
 @dataclass(frozen=True)

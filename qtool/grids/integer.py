@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.errors import UsageError
+from qtool.errors import NumericalError, UsageError
 from qtool.grids.refit import Knob
+from qtool.grids.rows import no_group
 
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -85,11 +86,26 @@ class IntegerGrid:
             UsageError: names the group sizes from 16 to 1024 that work.
         """
         if self.granularity == "group" and columns % self.group_size:
-            works = [g for g in range(16, 1025) if columns % g == 0 and g % 8 == 0]
-            raise UsageError(
-                f"group size {self.group_size} does not divide a row of {columns} weights",
-                f"group sizes that do: {', '.join(map(str, works)) or 'none'}; or one scale per "
-                "row with --group-size -1",
+            raise no_group(self.group_size, columns)
+
+    def check_range(self, weight: Tensor) -> None:
+        """Refuse weights that no scale of this grid reaches: clamped ones would be quite others.
+
+        Args:
+            weight: [R, C], any float dtype, finite.
+
+        Raises:
+            NumericalError: names the largest weight and the dtype of the scales.
+        """
+        low, high = float(weight.min().clamp(max=0)), float(weight.max().clamp(min=0))
+        reach = 2 * max(-low, high) if self.symmetric else high - low
+        if reach > self.max_code * torch.finfo(self.scale_dtype).max:
+            kind = str(self.scale_dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"a weight of {max(-low, high):.3g} is beyond what {self.bits} bits with scales of "
+                f"{kind} hold",
+                "leave this linear as it is with --ignore, or use -f compressed-tensors, whose "
+                "scales have the model's own dtype",
             )
 
     def bits_per_weight(self, rows: int, columns: int) -> float:

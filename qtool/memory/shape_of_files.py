@@ -14,42 +14,15 @@ from qtool.checkpoint.gguf_bytes import key_entry
 from qtool.checkpoint.gguf_values import Value, u32
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
-from qtool.errors import DamagedError
 from qtool.formats.gguf_vocab import vocabulary
+from qtool.memory.expected_tensors import check_tensors, llama_name
 from qtool.memory.shape import ModelShape, TensorSpec
 from qtool.memory.shape_of_config import shape_of_config
 from qtool.memory.shape_of_gguf import shape_of_gguf
-from qtool.model.family import FAMILIES, Family
+from qtool.model.family import FAMILIES
 from qtool.model.gguf_metadata import model_metadata
 
 __all__ = ["header_keys", "shape_of_gguf", "shape_of_headers", "with_tokenizer"]
-
-LAST_PARTS: Mapping[str, str] = {  # llama.cpp's name of a module in a block <- transformers' name
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate_up_proj": "ffn_up",
-    "post_attention_layernorm": "ffn_norm",
-}
-# Families with norms behind attention and MLP call them otherwise.
-POST_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-ENDS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 
 
 def shape_of_headers(checkpoint: Checkpoint) -> ModelShape:
@@ -65,20 +38,12 @@ def shape_of_headers(checkpoint: Checkpoint) -> ModelShape:
     family = FAMILIES[str(checkpoint.config["model_type"])] if _has_family(checkpoint) else None
     if family is None or not checkpoint.refs or checkpoint.config.get("quantization_config"):
         return shape
-    found = {_llama_name(name, family): ref for name, ref in checkpoint.refs.items()}
+    check_tensors(checkpoint, family, shape)
+    found = {llama_name(name, family): ref for name, ref in checkpoint.refs.items()}
     tensors = []
     for tensor in shape.tensors:
-        ref = found.get(tensor.name)
-        if ref is None or tensor.computed:
-            if ref is None and not tensor.computed:
-                raise DamagedError(
-                    f"{checkpoint.name} has no tensor for '{tensor.name}'",
-                    "config.json and weights belong to different models",
-                )
-            tensors.append(tensor)
-            continue
-        _check_shape(tensor, ref)
-        tensors.append(replace(tensor, stored=(ref.name, ref.dtype)))
+        ref = None if tensor.computed else found.get(tensor.name)
+        tensors.append(tensor if ref is None else replace(tensor, stored=(ref.name, ref.dtype)))
     return replace(shape, tensors=_in_order(tensors, checkpoint.refs), source=checkpoint.source)
 
 
@@ -93,30 +58,6 @@ def _in_order(
 
 def _has_family(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") in FAMILIES
-
-
-def _llama_name(name: str, family: Family) -> str:
-    """Return llama.cpp's name of a tensor, or the checkpoint's where there is none."""
-    if name in ENDS:
-        return ENDS[name]
-    module, _, leaf = name.rpartition(".")
-    prefix = f"{family.blocks}."
-    number, _, path = module.removeprefix(prefix).partition(".")
-    if not module.startswith(prefix) or not number.isdecimal():
-        return name
-    names = dict(LAST_PARTS)
-    if "post_feedforward_layernorm" in family.gguf.tensors:
-        names |= POST_NORMS
-    return f"blk.{int(number)}.{names.get(path, path)}.{leaf}"
-
-
-def _check_shape(tensor: TensorSpec, ref: TensorRef) -> None:
-    if tuple(ref.shape) != tensor.shape:
-        raise DamagedError(
-            f"tensor '{ref.name}' is {list(ref.shape)}, where config.json says "
-            f"{list(tensor.shape)}",
-            "config.json and weights belong to different models",
-        )
 
 
 def with_tokenizer(

@@ -9,6 +9,7 @@ from typing import Any
 from qtool.checkpoint.gguf_header import GgufContents
 from qtool.checkpoint.gguf_values import Value
 from qtool.checkpoint.header import TensorRef
+from qtool.checkpoint.untrusted import naming
 from qtool.errors import DamagedError
 from qtool.formats.gguf_tensors import block_of
 from qtool.memory.gguf_sizes import PREAMBLE, StoredType, entries_bytes
@@ -23,6 +24,11 @@ def shape_of_gguf(contents: tuple[GgufContents, ...]) -> tuple[ModelShape, tuple
     Raises:
         DamagedError: metadata that are missing or impossible, or no embedding.
     """
+    with naming(contents[0].path):
+        return _shape(contents)
+
+
+def _shape(contents: tuple[GgufContents, ...]) -> tuple[ModelShape, tuple[StoredType, ...]]:
     first = contents[0]
     refs = [ref for part in contents for ref in part.tensors]
     architecture = first.metadata.get("general.architecture")

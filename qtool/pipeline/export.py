@@ -18,9 +18,9 @@ from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import output_place
 from qtool.checkpoint.reader import TensorReader
-from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.untrusted import naming
 from qtool.errors import UnsupportedError, UsageError
-from qtool.evaluation.gguf_model import OTHER_CONTENTS
+from qtool.evaluation.gguf_contents import check_is_model
 from qtool.formats.gguf_mixes import ModelFacts, file_type_named
 from qtool.formats.protocol import FORMATS
 from qtool.formats.reading import DenseSource
@@ -82,7 +82,7 @@ def plan_export(
         DamagedError: the model's files contradict each other.
     """
     if checkpoint.gguf:
-        _check_model(checkpoint)
+        check_is_model(checkpoint.gguf[0])
     if export.gguf_type is None:
         return _plan_floats(checkpoint, export, rules, importance=importance)
     for rule in rules:
@@ -119,21 +119,6 @@ def plan_export(
     return ExportPlan(checkpoint, output, warnings, len(again))
 
 
-def _check_model(checkpoint: Checkpoint) -> None:
-    """Refuse GGUF files that hold something else than a model, statistics for one."""
-    metadata = checkpoint.gguf[0].metadata
-    architecture = _scalar(metadata, "general.architecture", "")
-    named = "mmproj" if architecture == "clip" else _scalar(metadata, "general.type", "model")
-    other = OTHER_CONTENTS.get(str(named))
-    if other is None and (not checkpoint.refs or not architecture):
-        other = "no model: it has no tensors, or names no architecture"
-    if other is not None:
-        raise UnsupportedError(
-            f"{shown_path(checkpoint.gguf[0].path)} is {other}",
-            "give a model; statistics go beside one, as --statistics FILE",
-        )
-
-
 def _plan_floats(
     checkpoint: Checkpoint, export: Export, rules: tuple[Rule, ...], *, importance: bool
 ) -> ExportPlan:
@@ -152,7 +137,8 @@ def _plan_floats(
             "leave it away, or choose -f gguf:TYPE",
         )
     dtype = export.format.partition(":")[2] or None
-    output = plan_floats(checkpoint, dtype)
+    with naming(checkpoint.gguf[0].path if checkpoint.gguf else checkpoint.path):
+        output = plan_floats(checkpoint, dtype)
     return ExportPlan(checkpoint, output, output.warnings, 0)
 
 

@@ -25,8 +25,9 @@ from qtool.model.conversion import ConvertedTensor, converted_tensors
 from qtool.model.family import Family
 from qtool.model.gguf_metadata import conversion_warnings, model_metadata
 from qtool.pipeline.card import original_card
+from qtool.pipeline.found_linears import FoundLinear
 from qtool.pipeline.gguf_output import PlannedGguf, PlannedTensor
-from qtool.pipeline.linears import FoundLinear, PlannedLinear
+from qtool.pipeline.linears import PlannedLinear
 from qtool.recipe.rules import first_match, matches
 from qtool.recipe.schema import Export, Recipe, Rule
 from qtool.recipe.sizes import parse_size
@@ -82,12 +83,6 @@ def convert_model(checkpoint: Checkpoint, family: Family, *, pre: str | None) ->
 def _template(words: Vocabulary) -> str | None:
     value = words.metadata.get("tokenizer.chat_template")
     return None if value is None else str(value.content)
-
-
-def stored_names(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Return llama.cpp's names of all matrices, without `.weight`: rules may use them too."""
-    tensors = converted_tensors(checkpoint.config, family, checkpoint.refs)
-    return [x.name.removesuffix(".weight") for x in tensors if len(x.shape) > 1]
 
 
 def gguf_output(

@@ -12,7 +12,8 @@ from qtool.errors import UsageError
 from qtool.formats.protocol import Format, QuantizedModule
 from qtool.grids.integer import IntegerGrid
 from qtool.pipeline.directory_output import PlannedDirectory
-from qtool.pipeline.linears import FoundLinear, PlannedLinear
+from qtool.pipeline.found_linears import FoundLinear
+from qtool.pipeline.linears import PlannedLinear
 from qtool.recipe.rules import first_match
 from qtool.recipe.schema import Quantize, Recipe
 from qtool.recipe.sizes import parse_size

@@ -16,11 +16,11 @@ from qtool.errors import UnsupportedError, UsageError
 from qtool.formats.protocol import FORMATS
 from qtool.methods.protocol import ROUNDINGS, Method, Rounding, RoundingOptions, method_named
 from qtool.model.family import Family, family_of
-from qtool.pipeline.gguf_plan import gguf_output, stored_names
+from qtool.pipeline.found_linears import block_linears, check_rules
+from qtool.pipeline.gguf_plan import gguf_output
 from qtool.pipeline.integer_plan import directory_output, integer_linears
-from qtool.pipeline.linears import FoundLinear, PlannedLinear, block_linears, stored_dtype
+from qtool.pipeline.linears import PlannedLinear, stored_dtype
 from qtool.pipeline.outputs import PlannedOutput
-from qtool.recipe.rules import matches
 from qtool.recipe.schema import Export, Recipe
 
 
@@ -96,7 +96,7 @@ def make_plans(
         )
     modules = block_linears(checkpoint, family)
     dtype = stored_dtype(checkpoint, list(modules))
-    _check_rules(recipe, checkpoint, family, modules)
+    check_rules(recipe, checkpoint, family, list(modules))
     method = method_named(str(recipe.quantize.method))
     rounding = ROUNDINGS[method.rounding]
     options = RoundingOptions(
@@ -144,33 +144,6 @@ def _groups(exports: Sequence[Export], dtype: torch.dtype) -> list[tuple[Export,
         key = number if export.gguf_type else FORMATS[export.format].scale_dtype(dtype)
         groups[key] = (*groups.get(key, ()), export)
     return list(groups.values())
-
-
-def _check_rules(
-    recipe: Recipe, checkpoint: Checkpoint, family: Family, modules: Mapping[str, FoundLinear]
-) -> None:
-    """Refuse rules that can do nothing: a typing error in them would go unnoticed."""
-    # A rule may name the head or the embeddings too: packed formats keep them in any case.
-    names = [*modules, family.head, "model.embed_tokens"]
-    gguf = [export for export in recipe.export if export.gguf_type]
-    if gguf:
-        names += stored_names(checkpoint, family)
-    for rule in recipe.rules:
-        if not any(matches(rule.match, name) for name in names):
-            raise UsageError(
-                f"rule '{rule.match}' matches no linear of the model",
-                f"names look like {next(iter(modules))}",
-            )
-        if not gguf and not rule.keep and not rule.changes:
-            raise UsageError(
-                f"rule '{rule.match}' gives a type of GGUF, but no output is a GGUF",
-                "give bits, or --format gguf:Q4_K_M",
-            )
-        if len(gguf) == len(recipe.export) and not rule.keep and rule.type is None:
-            raise UsageError(
-                f"rule '{rule.match}' gives bits or a group size, but a GGUF has types",
-                f"write for example --override '{rule.match}=Q6_K'",
-            )
 
 
 def _by_block(

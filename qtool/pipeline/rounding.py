@@ -16,6 +16,7 @@ from torch import Tensor
 from qtool.calibration.moments import Moments
 from qtool.checkpoint.reader import check_finite
 from qtool.errors import NumericalError
+from qtool.grids.integer import IntegerGrid
 from qtool.grids.protocol import Grid, QuantizedTensor
 from qtool.methods.awq import output_error
 from qtool.methods.propagation import corrected_target
@@ -50,6 +51,12 @@ def round_tap(
     started = time.perf_counter()
     parts = [weights[x.path].to(device, torch.float32) for x in linears]
     sizes = [part.shape[0] for part in parts]
+    for linear, part in zip(linears, parts, strict=True):
+        if isinstance(linear.grid, IntegerGrid):
+            try:
+                linear.grid.check_range(part)
+            except NumericalError as error:
+                raise NumericalError(f"{linear.name}: {error.message}", error.hint) from error
     try:
         target = _target(plan, torch.cat(parts) if len(parts) > 1 else parts[0], moments)
         hessian = None if moments is None else moments.hessian

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Hashable
+import stat
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from qtool.errors import UsageError
 from qtool.recipe.schema import Recipe, Section
+from qtool.recipe.yaml_text import MAX_BYTES, read_yaml
 from qtool.registry import nearest
 
 Kind = TypeVar("Kind", bound=Section)
@@ -38,26 +39,6 @@ EXPECTED = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without constructors of objects, without duplicate keys, with 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                why = "stands twice" if isinstance(key, yaml.ScalarNode) else "is not a word"
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' {why}", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
@@ -73,18 +54,26 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: no such file, not UTF-8, not YAML, or not a mapping.
     """
+    shown = str(path)
+    start = "recipes to start from: recipes/*.yaml"
     try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a file"
+            raise UsageError(f"cannot read recipe '{shown}': it is {kind}", start)
+        if state.st_size > MAX_BYTES:
+            raise UsageError(
+                f"{shown}: {state.st_size} bytes, more than the {MAX_BYTES} of a recipe", start
+            )
         text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"cannot read recipe '{path}': {error.strerror}",
-            "recipes to start from: recipes/*.yaml",
-        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}: not UTF-8 text, offset {error.start}", "save the recipe as UTF-8"
+            f"{shown}: not UTF-8 text, offset {error.start}", "save the recipe as UTF-8"
         ) from error
-    data = _yaml(text, str(path))
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "not a valid path"
+        raise UsageError(f"cannot read recipe '{shown}': {why}", start) from error
+    data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise UsageError(
@@ -133,7 +122,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         keys = path.strip().split(".")
         if not separator or not all(keys):
             raise UsageError(f"{place}: not KEY=VALUE", "for example --set quantize.bits=8")
-        location = _assign(result, keys, _yaml(value, place), place)
+        location = _assign(result, keys, read_yaml(value, place), place)
         try:
             Recipe.model_validate(result)
         except ValidationError as error:
@@ -148,20 +137,6 @@ def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe with every key, in the order of the schema; `load_recipe` reads it back."""
     data = recipe.model_dump(mode="json")
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _yaml(text: str, place: str) -> Any:
-    try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark and "\n" in text else ""
-        why = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"{place}{line}: not YAML: {why}", "correct it") from error
 
 
 def _assign(data: Any, keys: list[str], value: Any, place: str) -> Keys:

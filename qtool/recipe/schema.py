@@ -141,7 +141,7 @@ class Rule(Section):
         if value.startswith("re:"):
             try:
                 re.compile(value[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"a regular expression after 're:' ({error})") from error
         return value
 

@@ -8,8 +8,8 @@ import jinja2
 import pytest
 from jinja2.ext import loopcontrols
 
+from qtool.checkpoint.chat_sandbox import Conversation, render_all
 from qtool.errors import UsageError
-from qtool.formats.chat_sandbox import Conversation, render_all
 from qtool.formats.modelfile import ollama_modelfile
 
 CHATML = (

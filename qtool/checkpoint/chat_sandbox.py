@@ -51,6 +51,7 @@ def render_all(
     *,
     date: str | None,
     seconds: float = MAX_SECONDS,
+    longest: int = MAX_OUTPUT,
 ) -> list[Rendering]:
     """Render conversations as transformers would.
 
@@ -60,6 +61,7 @@ def render_all(
         conversations: each is rendered on its own; one that fails does not keep others from it.
         date: what `strftime_now` returns; None to leave that function undefined.
         seconds: for all together.
+        longest: characters of one rendered conversation.
     """
     if len(template) > MAX_TEMPLATE:
         return _nothing(conversations, f"it has more than {MAX_TEMPLATE} characters")
@@ -67,6 +69,7 @@ def render_all(
         "template": template,
         "special": dict(special),
         "date": date,
+        "longest": longest,
         "conversations": [[c.messages, c.generation] for c in conversations],
     }
     try:
@@ -122,7 +125,7 @@ def _environment(date: str | None) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _bounded(pieces: Iterator[str]) -> str:
+def _bounded(pieces: Iterator[str], longest: int) -> str:
     """Join pieces of text as they come.
 
     Raises:
@@ -131,8 +134,8 @@ def _bounded(pieces: Iterator[str]) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        if len(text) > MAX_OUTPUT:
-            raise OverflowError(f"it writes more than {MAX_OUTPUT} characters")
+        if len(text) > longest:
+            raise OverflowError(f"it writes more than {longest} characters")
     return text
 
 
@@ -169,7 +172,7 @@ def _answer(task: Mapping[str, Any]) -> list[tuple[str | None, str]]:
             **task["special"],
         }
         try:
-            found.append((_bounded(template.generate(values)), ""))
+            found.append((_bounded(template.generate(values), task["longest"]), ""))
         except failures as error:
             found.append((None, _reason(error)))
     return found
