@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 INTEROP := .venv-interop
+TASKS := .venv-tasks
 DEMO := demo
 RUN := $(VENV)/bin
 # More threads than cores make small operations slow; pytest-xdist runs one process per core.
@@ -42,15 +43,23 @@ quick: install ## run the tests that take less than a few seconds each
 test-gpu: install ## run the tests on CUDA; skipped with a reason where there is none
 	$(RUN)/pytest --device cuda
 
-interop: install $(INTEROP)/.installed ## load our files in GPTQModel, in an environment of its own
+interop: install $(INTEROP)/.installed $(TASKS)/.installed ## GPTQModel and lm_eval, in environments of their own
 	$(TEST_ENV) QTOOL_INTEROP_PYTHON=$(CURDIR)/$(INTEROP)/bin/python \
 		$(RUN)/pytest tests/interop
+	$(TEST_ENV) $(TASKS)/bin/pytest tests/interop/test_lm_eval_tasks.py
 
 $(INTEROP)/.installed: tests/interop/constraints-gptqmodel.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install -q --upgrade pip
 	$(INTEROP)/bin/pip install -q -c constraints.txt torch
 	$(INTEROP)/bin/pip install -q --no-deps -r $<
+	touch $@
+
+$(TASKS)/.installed: tests/interop/constraints-lm-eval.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TASKS)
+	$(TASKS)/bin/pip install -q --upgrade pip
+	$(TASKS)/bin/pip install -q -c constraints.txt torch
+	$(TASKS)/bin/pip install -q -c constraints.txt -c $< -e '.[test,tasks]'
 	touch $@
 
 # A minute, as in CI; what it finds stays as crash-* beside the corpus.
@@ -85,4 +94,4 @@ bench: install ## measure quality and speed side by side with peers; see bench/R
 	$(RUN)/python bench/compare.py
 
 clean: ## remove environments and demo output
-	rm -rf $(VENV) $(INTEROP) $(DEMO)
+	rm -rf $(VENV) $(INTEROP) $(TASKS) $(DEMO)

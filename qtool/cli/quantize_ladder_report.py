@@ -83,7 +83,7 @@ def ladder_table(
         for outcome in rung.outcomes
     ]
     if best is not None and best.name in kept:
-        path = kept[best.name]
+        path = _from_here(kept[best.name])
         following = f"next: qtool eval {typed(path)} --ref {checkpoint.source}"
         gates.append(Text(printable_line(f"wrote {typed(path)}")))
     elif again:
@@ -93,6 +93,12 @@ def ladder_table(
     # Never wrapped: it is there to be copied.
     ending = Text(printable_line(following), no_wrap=True, overflow="ignore")
     return Group(table, Text(), *gates, *([Text()] if gates else []), ending)
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path below the working directory as one types it there."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _row(rung: Rung, *, won: bool) -> list[str]:
