@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qtool.cli.comparison_table import ComparisonTable
 from qtool.cli.quantize_report import typed
 from qtool.console import printable_line
 from qtool.evaluation.gates import shown_outcome
@@ -69,13 +69,18 @@ def ladder_table(
     again: str = "",
 ) -> RenderableType:
     """Return what a person reads: the rungs from the largest on, and the next command."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rung", no_wrap=True)
-    for title in ("bits", "size", "perplexity ratio", "KL divergence", "same top", "seconds"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
-    for rung in rungs:
-        table.add_row(*_row(rung, won=rung is best))
+    titles = [
+        "rung",
+        "bits",
+        "size",
+        "perplexity ratio",
+        "KL divergence",
+        "same top",
+        "seconds",
+        "",
+    ]
+    table = ComparisonTable(titles, [_row(rung, won=rung is best) for rung in rungs])
+    notes = [Text(printable_line(note)) for rung in rungs if (note := _note(rung))]
     gates = [
         Text(printable_line(f"gate {shown_outcome(outcome)}"))
         for rung in rungs
@@ -92,7 +97,8 @@ def ladder_table(
         following = f"next: qtool quantize {checkpoint.source} --ladder --gate EXPR"
     # Never wrapped: it is there to be copied.
     ending = Text(printable_line(following), no_wrap=True, overflow="ignore")
-    return Group(table, Text(), *gates, *([Text()] if gates else []), ending)
+    parts = [part for lines in (notes, gates) if lines for part in (*lines, Text())]
+    return Group(table, Text(), *parts, ending)
 
 
 def _from_here(path: Path) -> Path:
@@ -104,19 +110,25 @@ def _from_here(path: Path) -> Path:
 def _row(rung: Rung, *, won: bool) -> list[str]:
     head = [rung.name, f"{rung.plan.bits_per_weight:.2f}", shown_size(rung.n_bytes)]
     if rung.result is None:
-        return [*head, "", "", "", "", rung.why]
+        return [*head, "", "", "", "", rung.status]
     metrics = rung.result["metrics"]
     ppl, kld, top1 = metrics["ppl"], metrics["kld"], metrics["top1"]
-    failed = [outcome.gate.expression for outcome in rung.outcomes if not outcome.passed]
-    verdict = "WON" if won else "passed" if not failed else f"failed {', '.join(failed)}"
     return [
         *head,
         _with_error(ppl.get("ratio"), ppl.get("ratio_se")),
         _with_error(kld["mean"], kld["se"]),
         f"{100 * top1['value']:.1f} %",
         f"{rung.seconds:.0f}",
-        verdict,
+        "WON" if won else rung.status,
     ]
+
+
+def _note(rung: Rung) -> str:
+    """Say why a rung did not win, in a line; empty where that needs no saying."""
+    failed = [shown_outcome(outcome) for outcome in rung.outcomes if not outcome.passed]
+    if failed:
+        return "; ".join(failed)
+    return f"{rung.name}: {rung.why}" if rung.why else ""
 
 
 def _with_error(value: float, error: float | None) -> str:
