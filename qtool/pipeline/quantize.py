@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +190,21 @@ def completed(
             held.journal = opened_journal(work / JOURNAL, plan, settings.device, calibration)
             if not held.journal.blocks:
                 clear(partials)  # of a run that finished no block, perhaps another
-            check_space(plan, partials, windows, settings.device)
+            states = work / "states"
+            room = partial(check_space, plan, partials, states, windows, settings.device)
+            room()
             writers = [
                 stack.enter_context(closing_writer(output.writer(plan, path, resume=True)))
                 for output, path in zip(plan.outputs, partials, strict=True)
             ]
-            ledger = Ledger(plan, held.journal, work / "states", writers, progress)
-            run = _Run(plan, settings, progress, calibration, ledger, work)
+            ledger = Ledger(plan, held.journal, states, writers, progress)
+            run = _Run(plan, settings, progress, calibration, ledger, work, room)
             result = run.finished(partials, writers, places)
             if measurer is not None:
                 found = _measured(plan, measurer, partials, destinations)
                 result = replace(result, measured=found)
-            for index, partial in enumerate(partials):
-                write_records(result, index, partial, result.digests[index])
+            for index, directory in enumerate(partials):
+                write_records(result, index, directory, result.digests[index])
             held.complete = True
             yield Completed(result, tuple(places))
 
@@ -275,6 +278,7 @@ class _Run:
     calibration: Calibration
     ledger: Ledger
     work: Path
+    room: Callable[[], None]  # refuses to go on with too little on the disk
 
     def finished(
         self,
@@ -296,10 +300,10 @@ class _Run:
         self.ledger.adopt()
         digests = [writer.finish({**self.calibration.importance, **found}) for writer in writers]
         progress.finish()
-        for output, partial in zip(plan.outputs, partials, strict=True):
-            for warning in output.write_companions(plan, partial):
+        for output, directory in zip(plan.outputs, partials, strict=True):
+            for warning in output.write_companions(plan, directory):
                 progress.warn("companion_file", warning)
-            output.verify(plan, partial)
+            output.verify(plan, directory)
         ram, vram = devices.peak_memory(self.settings.device)
         return QuantizeResult(
             plan=plan,
@@ -339,6 +343,7 @@ class _Run:
             if replaced is not None:
                 quantizer.replay(index, replaced)
             else:
+                self.room()
                 result = quantizer.quantize(index)
                 self.ledger.note(index, result.changed, quantizer)
                 self.progress.advance(f"block {index + 1} of {plan.n_blocks}")
@@ -349,6 +354,7 @@ class _Run:
         """Quantize the blocks that are missing, each from its weights and a file's statistics."""
         statistics = self.calibration.statistics
         for index in self.ledger.missing:
+            self.room()
             result = quantize_block_without_data(
                 self.plan,
                 source,

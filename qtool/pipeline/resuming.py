@@ -147,13 +147,20 @@ def _may_get_further(error: BaseException) -> bool:
 
 
 def check_space(
-    plan: Plan, partials: Sequence[Path], windows: Windows | None, device: torch.device
+    plan: Plan,
+    partials: Sequence[Path],
+    states: Path,
+    windows: Windows | None,
+    device: torch.device,
 ) -> None:
-    """Refuse a run that will not have room on the disk, before it does any work.
+    """Refuse to go on with a run that will not have room on the disk.
+
+    Asked before any work is done, and again before each block: others may fill the disk meanwhile.
 
     Args:
         plan: says how large everything will be.
         partials: where the outputs are written.
+        states: where hidden states are kept.
         windows: calibration tokens, whose hidden states are kept for a later run.
         device: where the model runs.
 
@@ -166,7 +173,7 @@ def check_space(
         needs[disk] = needs.get(disk, 0) + output.n_bytes - _taken(partial)
     if windows is not None and plan.calibrated:
         first = partials[0].stat().st_dev
-        needs[first] += state_bytes(plan, windows, device)
+        needs[first] += max(0, state_bytes(plan, windows, device) - _taken(states))
     for partial in partials:
         needed = needs.pop(partial.stat().st_dev, 0) + SPARE_BYTES
         free = shutil.disk_usage(partial).free

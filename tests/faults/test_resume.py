@@ -366,3 +366,20 @@ def test_too_little_room_is_said_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(CapacityError, match=r"100 kB free, .* are needed"):
         run(plan, tmp_path / "out", device=CPU, windows=windows())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_disk_that_others_fill_stops_the_run_between_blocks(tmp_path, monkeypatch, method):
+    plan = planned(model(tmp_path / "model"), method)
+    usage = shutil.disk_usage(tmp_path)
+    progress = Stops()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            shutil,
+            "disk_usage",
+            lambda _: usage._replace(free=1000) if len(progress.blocks) == 2 else usage,
+        )
+        with pytest.raises(CapacityError, match="1 kB free") as caught:
+            run(plan, tmp_path / "out", progress, device=CPU, **calibrated(plan))
+    assert "2 of 4 blocks are kept" in caught.value.hint
+    assert resumed(plan, tmp_path / "out").blocks == [3, 4]
