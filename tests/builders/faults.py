@@ -40,14 +40,15 @@ class Faults:
         number: of the signal that this process gets.
         after: send the signal after the call instead of before it.
         lasting: every later call that needs room fails, too.
+        times: how many calls in a row get the signal.
     """
 
     def __init__(
-        self, root, at=0, *, error=None, number=signal.SIGKILL, after=False, lasting=False
+        self, root, at=0, *, error=None, number=signal.SIGKILL, after=False, lasting=False, times=1
     ):
         self._root = os.path.realpath(root) + os.sep
         self._at, self._error, self._number = at, error, number
-        self._after, self._lasting = after, lasting
+        self._after, self._lasting, self._times = after, lasting, times
         self._undo = contextlib.ExitStack()
         self.calls = []
 
@@ -92,16 +93,17 @@ class Faults:
             return function()
         self.calls.append(Call(kind, place))
         count = len(self.calls)
-        wrong = count == self._at
+        wrong = 0 < self._at <= count < self._at + self._times
         if wrong and self._error is None and not self._after:
             os.kill(os.getpid(), self._number)
         lasting = self._lasting and 0 < self._at <= count and kind in ROOM
         if self._error is not None and (wrong or lasting):
             raise OSError(self._error, os.strerror(self._error), place)
-        found = function()
-        if wrong and self._error is None and self._after:
-            os.kill(os.getpid(), self._number)
-        return found
+        try:
+            return function()
+        finally:  # a call that fails, as for a file that is not there, is one, too
+            if wrong and self._error is None and self._after:
+                os.kill(os.getpid(), self._number)
 
     def _by_path(self, kind, function):
         def called(path, *rest, **named):
