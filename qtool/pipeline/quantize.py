@@ -291,7 +291,7 @@ class _Run:
             if done:
                 progress.note(f"continuing: {done} of {plan.n_blocks} blocks are finished")
             progress.start("quantizing", plan.n_blocks, done=done)
-            with torch.no_grad():
+            with torch.no_grad(), devices.repeatable(self.settings.device):
                 found = self._blocks(DenseSource(plan.checkpoint, reader))
         self.ledger.adopt()
         digests = [writer.finish({**self.calibration.importance, **found}) for writer in writers]
