@@ -206,10 +206,9 @@ def _write(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # gone with its new name; else the next process tries
             partial.unlink(missing_ok=True)
-        raise
 
 
 def _writes_on(process: str) -> bool:
