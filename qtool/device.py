@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -46,6 +47,28 @@ def resolve(name: str) -> torch.device:
             "use --device auto",
         )
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Have the same operations on the same device give the same bits while the context lasts.
+
+    The CPU does so by itself for one number of threads. On CUDA, kernels that add in any order are
+    replaced, or warned of where there is no other.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    chooses, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.backends.cudnn.benchmark = chooses
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

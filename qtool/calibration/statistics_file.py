@@ -28,7 +28,9 @@ from qtool.calibration.statistics_source import (
     SUM_SQUARES,
     open_statistics,
 )
+from qtool.checkpoint.gguf_file import GgufTensor, plan_gguf
 from qtool.checkpoint.gguf_header import GgufContents
+from qtool.checkpoint.gguf_values import many, text, u32
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.untrusted import printable, shown_path
 from qtool.errors import DamagedError
@@ -99,29 +101,39 @@ def tensor_names(architecture: str, n_blocks: int, linears: list[str]) -> dict[s
 
 
 def write_statistics(path: Path, statistics: Statistics, architecture: str) -> None:
-    """Write the file; the caller gives it its final name when it is complete."""
-    import gguf
+    """Write the file; the caller gives it its final name when it is complete.
 
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_type("imatrix")
-    writer.add_array(DATASETS, list(statistics.datasets) or ["unknown"])
-    writer.add_uint32(CHUNK_COUNT, statistics.windows)
-    writer.add_uint32(CHUNK_SIZE, statistics.sequence_length)
+    Raises:
+        OSError: the disk is full or failed.
+    """
+    metadata = {
+        "general.architecture": text(architecture),
+        "general.type": text("imatrix"),
+        DATASETS: many("string", statistics.datasets or ("unknown",)),
+        CHUNK_COUNT: u32(statistics.windows),
+        CHUNK_SIZE: u32(statistics.sequence_length),
+    }
+    arrays: dict[str, Floats] = {}
     for name, moments in statistics.moments.items():
         count = float(moments.tokens)
         squares = (moments.diagonal.cpu() * count).numpy()[None]
         absolute = (moments.mean_abs.cpu() * count).numpy()[None]
-        writer.add_tensor(name + SUM_SQUARES, np.ascontiguousarray(squares, np.float32))
-        writer.add_tensor(name + COUNTS, np.full((1, 1), count, np.float32))
-        writer.add_tensor(name + SUM_ABSOLUTE, np.ascontiguousarray(absolute, np.float32))
+        arrays[name + SUM_SQUARES] = np.ascontiguousarray(squares, np.float32)
+        arrays[name + COUNTS] = np.full((1, 1), count, np.float32)
+        arrays[name + SUM_ABSOLUTE] = np.ascontiguousarray(absolute, np.float32)
     for name, found in statistics.experts.items():
         counts = found.counts[:, None]
-        writer.add_tensor(name + SUM_SQUARES, (found.diagonal * counts).contiguous().numpy())
-        writer.add_tensor(name + COUNTS, counts.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        arrays[name + SUM_SQUARES] = (found.diagonal * counts).contiguous().numpy()
+        arrays[name + COUNTS] = counts.contiguous().numpy()
+    tensors = [GgufTensor(name, "F32", array.shape) for name, array in arrays.items()]
+    plan = plan_gguf(metadata, tensors, file="statistics.gguf")
+    # Not numpy's tofile, which does not say why a disk took no more.
+    with path.open("wb") as file:
+        file.write(plan.files[0].header)
+        for name, array in arrays.items():
+            file.write(bytes(plan.places[name].start - file.tell()))
+            file.write(array.astype("<f4").data)
+        file.write(bytes(plan.files[0].n_bytes - file.tell()))
 
 
 def read_statistics(path: Path) -> Statistics:

@@ -64,6 +64,7 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
     if not names or WorkDirectory(final).pending():
         return final
     if not overwrite:
+        WorkDirectory(final).sweep()  # of a run that was killed when all was done
         raise UsageError(
             f"the output {shown} is not empty",
             "choose another --output, or replace it with --overwrite",
@@ -234,6 +235,38 @@ class OutputFile(OutputDirectory):
         return self.final.with_name(parts[0].name)
 
 
+class PlainFile(OutputDirectory):
+    """A single file that appears complete or not at all, written as `result/NAME`."""
+
+    def _checked(self, final: Path) -> Path:
+        shown = shown_path(final)
+        if final.is_symlink():
+            raise UsageError(f"the output {shown} is a link", "give the file it points to")
+        final = final.parent.resolve() / final.name
+        if final.is_dir():
+            raise UsageError(f"the output {shown} is a directory", "choose another --output")
+        for source in self._sources:
+            _refuse_overlap(final, source)
+        if final.exists() and not self._overwrite and not WorkDirectory(final).pending():
+            WorkDirectory(final).sweep()
+            raise UsageError(
+                f"the output {shown} exists",
+                "choose another --output, or replace it with --overwrite",
+            )
+        return final
+
+    def names(self) -> dict[str, Path]:
+        """Return the name of the file -> where it is now."""
+        return {self.final.name: self.partial / self.final.name}
+
+    def give(self) -> Path:
+        """Give the file its name; return that."""
+        self._checked(self.final)
+        (self.partial / self.final.name).replace(self.final)
+        sync(self.final.parent)
+        return self.final
+
+
 def commit_all(places: Sequence[OutputDirectory]) -> list[Path]:
     """Give the results of one run their names, all of them or none; return what opens each.
 
@@ -287,6 +320,7 @@ def check_output_file(
     # Somebody may have edited a Modelfile.
     taken = [path for path in (*parts, final, final.with_suffix(".Modelfile")) if path.exists()]
     if taken and not overwrite and not WorkDirectory(final).pending():
+        WorkDirectory(final).sweep()  # of a run that was killed when all was done
         raise UsageError(
             f"the output {shown if taken[0] == final else shown_path(taken[0])} exists",
             "choose another --output, or replace it with --overwrite",

@@ -5,7 +5,8 @@
     .NAME.qtool/committing   there while outputs get their names: who they are, by inode
 
 It survives a killed process, so that the next one can go on; it is renamed away, in one step, when
-everything that belongs to a run has its name.
+everything that belongs to a run has its name: to .NAME.qtool-done-PID, which goes at once, or with
+the next run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -30,6 +32,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+DONE = "-done-"  # of a directory that is being removed, before the process's id
 MARKER, LOCK, RESULT, REPLACED = "committing", "lock", "result", "replaced"
 ATTEMPTS = 10  # to lock a directory that others are just removing
 
@@ -70,6 +73,7 @@ class WorkDirectory:
             OSError: it cannot be created.
         """
         parent = self.path.parent
+        self.sweep()
         for path in reversed([p for p in (parent, *parent.parents) if not p.exists()]):
             path.mkdir()
             self._created_parents.append(path)
@@ -128,14 +132,22 @@ class WorkDirectory:
                     path.rmdir()
         self._created_parents.clear()
 
+    def sweep(self) -> None:
+        """Remove what processes that were killed while they removed theirs have left."""
+        for path in self.path.parent.glob(f"{glob.escape(self.path.name)}{DONE}*"):
+            if path.name.removeprefix(self.path.name + DONE).isdigit() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
     def _remove(self) -> None:
         """Remove it so that nobody ever finds a part of it under its name."""
-        trash = self.path.with_name(f"{self.path.name}-done-{os.getpid()}")
+        trash = self.path.with_name(f"{self.path.name}{DONE}{os.getpid()}")
         try:
             self.path.rename(trash)
         except OSError:
             trash = self.path
         shutil.rmtree(trash, ignore_errors=True)
+        if trash.exists():  # one step failed; the next may not
+            shutil.rmtree(trash, ignore_errors=True)
 
     # --- giving the output its name ---------------------------------------------------------
 

@@ -12,7 +12,9 @@ is not right is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -197,12 +199,29 @@ def _sealed(content: bytes) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file so that it is there as a whole or not at all."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not _writes_on(left.suffix[1:]):
+            left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone with its new name; else the next process tries
+            partial.unlink(missing_ok=True)
+
+
+def _writes_on(process: str) -> bool:
+    """Tell whether a process, by its number, is still there to finish what it writes."""
+    if not process.isdigit():
+        return True  # not one of ours
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(process) != os.getpid()
 
 
 def write_error(path: Path, error: OSError) -> QtoolError:

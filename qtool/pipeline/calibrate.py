@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,10 +23,9 @@ from qtool.calibration.statistics_file import (
 )
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.output import PlainFile, write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.untrusted import shown_path
-from qtool.checkpoint.work_directory import sync
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.conversion import is_tied
@@ -136,24 +134,19 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def save_statistics(
     statistics: Statistics, architecture: str, path: Path, *, overwrite: bool
 ) -> None:
-    """Write statistics under a temporary name and give them theirs when they are complete.
+    """Write statistics; the file has its name only when it is complete.
 
     Raises:
-        UsageError: the file exists and is not to be replaced.
+        UsageError: the file exists and is not to be replaced, or is a link or a directory.
         CapacityError: the disk is full.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(f"the output {path} exists", "choose another -o, or use --overwrite")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_statistics(partial, statistics, architecture)
-        sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    place = PlainFile(path, overwrite=overwrite)
+    with place as directory:
+        try:
+            write_statistics(directory / place.final.name, statistics, architecture)
+        except OSError as error:
+            raise write_error(path, error) from error
+        place.commit()
 
 
 def statistics_for(

@@ -16,7 +16,7 @@ from qtool import device as devices
 from qtool.calibration.moments import Moments
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import OutputDirectory, commit_all, output_place
+from qtool.checkpoint.output import OutputDirectory, commit_all, output_place, write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
@@ -295,7 +295,7 @@ class _Run:
             if done:
                 progress.note(f"continuing: {done} of {plan.n_blocks} blocks are finished")
             progress.start("quantizing", plan.n_blocks, done=done)
-            with torch.no_grad():
+            with torch.no_grad(), devices.repeatable(self.settings.device):
                 found = self._blocks(DenseSource(plan.checkpoint, reader))
         self.ledger.adopt()
         digests = [writer.finish({**self.calibration.importance, **found}) for writer in writers]
@@ -330,7 +330,10 @@ class _Run:
             self._blocks_by_themselves(source, None if skeleton is None else skeleton.config)
             return {}
         spill = self.work / "spill"
-        spill.mkdir(exist_ok=True)
+        try:
+            spill.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(spill, error) from error
         held = self.settings.held_bytes
         stream = Stream(skeleton, source, windows.ids, spill, held_bytes=held)
         quantizer = BlockQuantizer(plan, skeleton, source, stream, self.ledger.sinks)

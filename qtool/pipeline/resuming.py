@@ -127,6 +127,11 @@ class LeftForALaterRun:
         if is_out_of_memory(error):
             advice = f"free some memory, or set a smaller --max-ram budget; then {again}"
             raise CapacityError("out of memory", advice, resumable=True) from error
+        if isinstance(error, OSError):
+            error = write_error(Path(error.filename or self._path.parent), error)
+            error.hint = f"{error.hint}; then {again}"
+            error.resumable = True
+            raise error
         if isinstance(error, QtoolError) and not _says_so(error):
             error.hint = f"{error.hint}; then {again}" if error.hint else again
             error.resumable = True

@@ -33,6 +33,18 @@ SMALL = {
     "GATES": "'kld<=9' 'template==same'",
     "PUBLISH": "cp -rt published",
 }
+# qtool, killed when the first block has been noted.
+KILLED = """
+import os, signal
+from qtool import __main__
+from qtool.pipeline.journal import Journal
+note = Journal.note
+def noted(self, block):
+    note(self, block)
+    os.kill(os.getpid(), signal.SIGKILL)
+Journal.note = noted
+__main__.main()
+"""
 needs_make = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -111,6 +123,20 @@ class TestTheMakefile:
         assert again.returncode == 0, again.stderr
         assert (built(copy) / "eval.json").exists()
         assert weights.stat().st_mtime_ns == before
+
+    def test_a_killed_conversion_goes_on(self, copy):
+        shutil.rmtree(copy / "build")
+        (copy / "killed.py").write_text(KILLED)
+        assert make(copy, "convert", QTOOL=f"{sys.executable} killed.py").returncode != 0
+        assert (built(copy) / ".model.qtool" / "journal.jsonl").exists()
+        assert not (built(copy) / "model").exists()
+        # As a cache does: everything below `build`, hidden or not.
+        (copy / "build").rename(copy / "kept")
+        shutil.copytree(copy / "kept", copy / "build")
+        again = make(copy, "convert")
+        assert again.returncode == 0, again.stderr
+        assert "continuing: 1 of 2 blocks are finished" in again.stderr
+        assert not (built(copy) / ".model.qtool").exists()
 
     def test_a_failed_gate_stops_before_publishing_and_says_why(self, copy):
         (built(copy) / "eval.json").unlink()
