@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,6 +18,8 @@ from qtool.console import Terminal
 from qtool.errors import CapacityError, InterruptionError, QtoolError, is_out_of_memory
 
 COMMANDS = frozenset({"inspect", "estimate-memory", "quantize", "calibrate", "export", "eval"})
+# What is no bug wherever it comes up, a library's temporary files included.
+TROUBLE_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 
 
@@ -49,6 +53,10 @@ def session(
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where bugs become exit code 1
+        if isinstance(error, OSError) and error.errno in TROUBLE_OF_THE_DISK:
+            from qtool.checkpoint.output import write_error
+
+            _fail(terminal, command, write_error(Path(error.filename or "a file"), error))
         if is_out_of_memory(error):
             advice = "use fewer or shorter windows, or a smaller --max-ram budget"
             _fail(terminal, command, CapacityError("out of memory", advice))

@@ -1,5 +1,6 @@
 """Results go to stdout, all else to stderr; readers may leave, and a run may be told to end."""
 
+import errno
 import json
 import os
 import pty
@@ -177,3 +178,14 @@ def test_the_version_is_a_result(qtool):
 
 def test_run_returns_the_exit_code_and_never_exits(here, capsys):
     assert run(["inspect", "./nowhere"]) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EIO, 6)])
+def test_trouble_of_the_disk_is_no_bug_wherever_it_comes_up(here, qtool, monkeypatch, number, code):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number), "/tmp/somewhere")
+
+    monkeypatch.setattr("qtool.cli.inspect_model.run_inspect", fails)
+    outcome = qtool("inspect", "./model", "--json")
+    assert outcome.code == code
+    assert f"/tmp/somewhere: {os.strerror(number)}" in outcome.err
