@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZER
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick test-gpu interop fuzz check lint types format docs bench clean
+.PHONY: help install demo test quick faults test-gpu interop fuzz check lint types format docs bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test: install ## run every test: offline, on the CPU
 
 quick: install ## run the tests that take less than a few seconds each
 	$(TEST_ENV) $(RUN)/pytest -n $(WORKERS) -m 'not slow'
+
+faults: install ## fail and kill at every call to the file system, not at some: hours
+	QTOOL_FAULTS=all $(TEST_ENV) $(RUN)/pytest -n $(WORKERS) tests/faults
 
 test-gpu: install ## run the tests on CUDA; skipped with a reason where there is none
 	$(RUN)/pytest --device cuda

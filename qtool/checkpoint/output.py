@@ -128,6 +128,7 @@ class OutputDirectory:
         self._sources = tuple(sources)
         self._resume = resume
         self._kept = False
+        self.done = False  # whether all outputs of the run have their names
         self.final = self._checked(final)
         self.work = WorkDirectory(self.final)
 
@@ -195,7 +196,7 @@ class OutputDirectory:
         return self.final
 
     def _clean_up(self) -> None:
-        self.work.close(keep=self._kept)
+        self.work.close(keep=self._kept and not self.done)
 
 
 class OutputFile(OutputDirectory):
@@ -294,6 +295,8 @@ def commit_all(places: Sequence[OutputDirectory]) -> list[Path]:
         if isinstance(error, OSError):
             raise write_error(place.final, error) from error
         raise
+    for place in places:
+        place.done = True
     for place in places:
         place.work.close(keep=False)
     return found

@@ -137,6 +137,18 @@ class WorkDirectory:
         for path in self.path.parent.glob(f"{glob.escape(self.path.name)}{DONE}*"):
             if path.name.removeprefix(self.path.name + DONE).isdigit() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
+        if self._lock is None and self._finished():
+            # Of several outputs of a run the first is cleaned up after first: this one was left.
+            with contextlib.suppress(UsageError, OSError):
+                self._locked()
+                self.close(keep=False)
+
+    def _finished(self) -> bool:
+        """Whether all outputs of the run that worked here have their names."""
+        marker = self._marker()
+        if marker is None or (Path(marker["first"]) / MARKER).exists():
+            return False
+        return bool(self._given(marker["inodes"]))
 
     def _remove(self) -> None:
         """Remove it so that nobody ever finds a part of it under its name."""
@@ -201,13 +213,13 @@ class WorkDirectory:
         Raises:
             OSError: something cannot be renamed.
         """
-        marker, pending = self._marker(), self.pending()
+        finished, pending = self._finished(), self.pending()
         for name in pending:
             self.take_back(name)
         aside = self.path / REPLACED
         if aside.exists() and not self._final.exists():
             aside.rename(self._final)
-        if marker is not None and not pending and self._given(marker["inodes"]):
+        if finished:
             self.empty()  # finished: only this directory was not removed
         (self.path / MARKER).unlink(missing_ok=True)
 

@@ -47,11 +47,11 @@ def calibrate(
         if output is None:
             raise UsageError("no output given", "name one: -o stats.gguf")
         from qtool.calibration.datasets import from_recipe
+        from qtool.checkpoint.output import PlainFile
         from qtool.cli.admission import admitted
         from qtool.cli.recipe_flags import build_recipe
 
-        if output.exists() and not overwrite:
-            raise UsageError(f"the output {output} exists", "choose another -o, or --overwrite")
+        PlainFile(output, overwrite=overwrite)  # refused before any work is done
         flags: dict[str, Any] = {
             "datasets": dataset,
             "windows": windows,

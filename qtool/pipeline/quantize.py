@@ -242,8 +242,14 @@ def check_outputs(
         UsageError: says which, and why.
     """
     sources = [checkpoint.path] if statistics is None else [checkpoint.path, statistics]
-    for path in destinations:
-        output_place(path, overwrite=overwrite, sources=sources)
+    refused: UsageError | None = None
+    for path in destinations:  # each is looked at: what a finished run left beside it goes
+        try:
+            output_place(path, overwrite=overwrite, sources=sources)
+        except UsageError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _note(plan: Plan, windows: Windows) -> CalibrationNote:

@@ -110,7 +110,7 @@ class LeftForALaterRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
+        if error is None or all(place.done for place in self._places):
             return
         if self.journal is None:
             if self._path.exists():  # an earlier run's, perhaps one that this may not continue
