@@ -142,6 +142,7 @@ def _climbed(
     keep = True
     work.open()
     try:
+        work.check(plain=settings.resume)
         if not settings.resume:
             work.empty()
         measurer = measurer_of(

@@ -187,8 +187,9 @@ def completed(
         work = places[0].work.path
         with LeftForALaterRun(places, work / JOURNAL, plan.n_blocks) as held:
             held.journal = opened_journal(work / JOURNAL, plan, settings.device, calibration)
-            if not held.journal.blocks:
-                clear(partials)  # of a run that finished no block, perhaps another
+            for output, partial in zip(plan.outputs, partials, strict=True):
+                # A run that finished no block was perhaps another; what is not weights is redone.
+                clear(partial, but=output.working_files if held.journal.blocks else ())
             check_space(plan, partials, windows, settings.device)
             writers = [
                 stack.enter_context(closing_writer(output.writer(plan, path, resume=True)))
