@@ -218,8 +218,8 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.unlink(missing_ok=True)  # of a process that had the same number, or a link
-        with partial.open("xb") as file:
-            file.write(content)
+        partial.touch(exist_ok=False)
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
