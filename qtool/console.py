@@ -50,7 +50,7 @@ class Terminal:
         self.quiet = quiet
         self.show_progress = show_progress and not quiet
         self.answered = False  # whether a result was printed
-        self.err = _Messages(stderr=True, highlight=False)
+        self.err = _Messages(stderr=True, highlight=False, markup=False, emoji=False)
         self._progress: TerminalProgress | None = None
 
     def result(self, value: Mapping[str, Any], shown: RenderableType) -> None:
@@ -102,7 +102,14 @@ def _rendered(shown: RenderableType) -> str:
     # Off a terminal nothing has to fit: tables keep their lines whole.
     width = None if on_terminal else WIDTH_OFF_TERMINAL
     page = io.StringIO()
-    Console(file=page, force_terminal=on_terminal, highlight=False, width=width).print(shown)
+    Console(
+        file=page,
+        force_terminal=on_terminal,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+    ).print(shown)
     if on_terminal:
         return page.getvalue()
     return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())

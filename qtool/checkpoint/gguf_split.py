@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from qtool.checkpoint.gguf_header import GgufContents, read_gguf
+from qtool.checkpoint.header import refuse_link_out
 from qtool.checkpoint.untrusted import GET_AGAIN, printable, shown_path
 from qtool.errors import DamagedError
 
@@ -33,7 +34,8 @@ def read_gguf_split(path: Path) -> tuple[GgufContents, ...]:
     """Read a GGUF file and, where it is one part of a model, the other parts beside it, in order.
 
     Raises:
-        DamagedError: as `read_gguf`; or a part is missing, or the parts contradict each other.
+        DamagedError: as `read_gguf`; or a part is missing or a link to somewhere else, or the parts
+            contradict each other.
         UnsupportedError: as `read_gguf`.
     """
     found = read_gguf(path)
@@ -53,6 +55,8 @@ def read_gguf_split(path: Path) -> tuple[GgufContents, ...]:
                 f"{shown_path(part)} is missing, one of {count} parts",
                 "download the missing part into the same directory",
             )
+        if part != path:
+            refuse_link_out(part, path.parent)
     parts = tuple(found if part == path else read_gguf(part) for part in paths)
     _check_parts(parts)
     return parts

@@ -147,6 +147,8 @@ class OutputDirectory:
                 self.work.open()
                 self._kept = True  # what was there before is not ours to lose yet
                 self.work.recover()
+                self._checked(self.final)  # an old one may have got its name back
+                self.work.check(plain=self._resume)
                 if not self._resume:
                     self.work.empty()
                 self._kept = self._resume

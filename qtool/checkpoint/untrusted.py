@@ -94,7 +94,7 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
     Raises:
         DamagedError: not UTF-8, not JSON, not an object, or a key twice.
     """
-    _refuse_bomb(raw, where)
+    refuse_bomb(raw, where)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,11 +124,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _refuse_bomb(raw: bytes, where: str) -> None:
+def refuse_bomb(raw: bytes, where: str) -> None:
     """Refuse large JSON made of nothing but brackets and commas before it fills the memory.
 
     An entry of a header or index has at least 20 bytes and a handful of commas; `[[],[],...]`
     of 100 MB would become several gigabytes of lists.
+
+    Raises:
+        DamagedError: it is such.
     """
     if len(raw) <= SMALL_JSON_BYTES:
         return

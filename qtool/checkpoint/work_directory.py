@@ -17,14 +17,17 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.untrusted import shown_path
-from qtool.errors import UsageError
+from qtool.checkpoint.untrusted import read_json_object, shown_path
+from qtool.checkpoint.work_contents import check_entries, check_tree
+from qtool.errors import QtoolError, UsageError
 
 try:
     import fcntl
@@ -34,6 +37,7 @@ except ImportError:  # Windows has no such locks
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 DONE = "-done-"  # of a directory that is being removed, before the process's id
 MARKER, LOCK, RESULT, REPLACED = "committing", "lock", "result", "replaced"
+MAX_MARKER_BYTES = 16 << 20  # a model has at most 99,999 parts
 ATTEMPTS = 10  # to lock a directory that others are just removing
 
 
@@ -80,6 +84,8 @@ class WorkDirectory:
         for _ in range(ATTEMPTS):
             if self.path.is_symlink():
                 raise UsageError(f"{shown_path(self.path)} is a link", "remove it")
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{shown_path(self.path)} is not a directory", "remove it")
             self.path.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # removed by who just finished
                 if self._locked():
@@ -89,7 +95,11 @@ class WorkDirectory:
     def _locked(self) -> bool:
         """Lock the directory; False if it is not the one of that name any more."""
         path = self.path / LOCK
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise UsageError(f"{shown_path(path)} is not a file", "remove it")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
         try:
             if fcntl is not None:
                 try:
@@ -108,6 +118,15 @@ class WorkDirectory:
             if descriptor >= 0:
                 os.close(descriptor)
         return self._lock is not None
+
+    def check(self, *, plain: bool) -> None:
+        """Refuse what could not be gone through, and with `plain` what leads somewhere else.
+
+        Raises:
+            UsageError: names the entry.
+            OSError: it cannot be read.
+        """
+        check_tree(self.path, plain=plain)
 
     def empty(self) -> None:
         """Remove everything in it but the lock."""
@@ -137,7 +156,7 @@ class WorkDirectory:
         for path in self.path.parent.glob(f"{glob.escape(self.path.name)}{DONE}*"):
             if path.name.removeprefix(self.path.name + DONE).isdigit() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
-        if self._lock is None and self._finished():
+        if self._lock is None and not self.path.is_symlink() and self._finished():
             # Of several outputs of a run the first is cleaned up after first: this one was left.
             with contextlib.suppress(UsageError, OSError):
                 self._locked()
@@ -189,13 +208,25 @@ class WorkDirectory:
 
     def _marker(self) -> dict[str, Any] | None:
         """Return the marker, None where there is none that is whole."""
-        try:
-            marker = json.loads((self.path / MARKER).read_bytes())
-            names = marker["inodes"]
-            plain = all(Path(name).name == name for name in names)
-            return marker if plain and isinstance(marker["first"], str) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        path = self.path / MARKER
+        if path.is_symlink():
             return None
+        try:
+            marker = read_json_object(path, max_bytes=MAX_MARKER_BYTES)
+        except QtoolError:
+            return None
+        first, inodes = marker.get("first"), marker.get("inodes")
+        if not isinstance(first, str) or "\0" in first or not isinstance(inodes, dict):
+            return None
+        whole = all(self._ours(name) and type(inode) is int for name, inode in inodes.items())
+        return marker if whole else None
+
+    def _ours(self, name: str) -> bool:
+        """Tell whether a result of this directory may get a name: nothing else is ever moved."""
+        stem = re.escape(self._final.stem)
+        other = rf"{stem}(-\d{{5}}-of-\d{{5}})?\.gguf|{stem}\.(Modelfile|qtool-[a-z.]+)"
+        single = self._final.suffix == ".gguf"
+        return name == self._final.name or (single and re.fullmatch(other, name) is not None)
 
     def _given(self, inodes: Mapping[str, int]) -> dict[str, int]:
         found = {}
@@ -211,8 +242,10 @@ class WorkDirectory:
         If that process had finished but for cleaning up, what it left is removed instead.
 
         Raises:
+            UsageError: a link or pipe lies where only files and directories may.
             OSError: something cannot be renamed.
         """
+        check_entries(self.path)
         finished, pending = self._finished(), self.pending()
         for name in pending:
             self.take_back(name)

@@ -115,7 +115,7 @@ def evaluate(
     device: options.Device = "auto",
     revision: options.Revision = None,
     offline: options.Offline = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    trust_remote_code: options.TrustTaskCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     no_progress: options.NoProgress = False,
@@ -155,7 +155,14 @@ def evaluate(
         check_files([*found, *([original] if original else [])])
 
         asked = task_options.TaskRequest(
-            task_files, tasks, task_path, limit, fewshot, chat=chat, offline=offline
+            task_files,
+            tasks,
+            task_path,
+            limit,
+            fewshot,
+            chat=chat,
+            offline=offline,
+            trusted=trust_remote_code,
         )
         names = _names(metrics, limits, asked.names, has_reference=reference is not None)
         ends, length = _lengths(context, long_context)

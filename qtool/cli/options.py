@@ -35,6 +35,14 @@ TrustRemoteCode = Annotated[
         "The code itself is never run.",
     ),
 ]
+TrustTaskCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Take a model that names code of its own (auto_map) as a plain one of its family; its "
+        "code is never run. With --task-path: run the code of those definitions.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="QTOOL_DEVICE"),

@@ -142,6 +142,7 @@ def _climbed(
     keep = True
     work.open()
     try:
+        work.check(plain=settings.resume)
         if not settings.resume:
             work.empty()
         measurer = measurer_of(
@@ -150,9 +151,7 @@ def _climbed(
         if measurer is None:
             raise RuntimeError("a ladder without gates was let through")
         measurer = replace(measurer, cache=work.path / "logits")
-        (work.path / "rungs").mkdir(exist_ok=True)
-        for rung in rungs:
-            (work.path / "rungs" / rung.name).mkdir(exist_ok=True)
+        _make_places(work.path / "rungs", rungs)
         ladder = Ladder(
             rungs, work.path, settings, progress, calibration, measurer, keep_all=keep_all
         )
@@ -170,6 +169,22 @@ def _climbed(
     finally:
         work.close(keep=keep)
     return found, kept
+
+
+def _make_places(directory: Path, rungs: Sequence[RungPlan]) -> None:
+    """Make a directory for each rung.
+
+    Raises:
+        CapacityError, DamagedError: something is in the way, or the disk is full.
+    """
+    from qtool.checkpoint.output import write_error
+
+    try:
+        directory.mkdir(exist_ok=True)
+        for rung in rungs:
+            (directory / rung.name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(Path(error.filename or directory), error) from error
 
 
 def _named(rungs: Sequence[Rung], places: dict[str, OutputDirectory]) -> dict[str, Path]:

@@ -41,7 +41,8 @@ TaskPath = Annotated[
     typer.Option(
         "--task-path",
         metavar="DIR",
-        help="Your own definitions for --tasks, as lm_eval's --include_path. May run their code.",
+        help="Your own definitions for --tasks, as lm_eval's --include_path. They run code, so "
+        "--trust-remote-code must say that you know them.",
     ),
 ]
 Limit = Annotated[
@@ -69,10 +70,11 @@ class TaskRequest:
     """What the options ask for; files are read, and tasks known by name.
 
     Args:
-        files, names, directory, limit, fewshot, chat, offline: as given.
+        files, names, directory, limit, fewshot, chat, offline, trusted: as given.
 
     Raises:
-        UsageError: options that contradict each other, or a file that is no task file.
+        UsageError: options that contradict each other, definitions that nobody vouches for, or a
+            file that is no task file.
         UnsupportedError: lm_eval is asked for and not installed.
         DamagedError: a file that is not UTF-8 or not JSON.
     """
@@ -87,9 +89,12 @@ class TaskRequest:
         *,
         chat: bool,
         offline: bool,
+        trusted: bool,
     ) -> None:
         from qtool.evaluation.task_files import read_task_files
 
+        if directory is not None and not trusted:
+            _refuse_code(directory)
         self._options = _harness_options(
             names, directory, limit, fewshot, chat=chat, offline=offline
         )
@@ -134,6 +139,22 @@ class TaskRequest:
 
             harness = Harness(self._options)
         return TaskSuite(self.files, harness, self._chat)
+
+
+def _refuse_code(directory: Path) -> None:
+    """Refuse definitions of tasks: functions that they name, their templates and metrics are code.
+
+    Raises:
+        UsageError: says how to allow it.
+    """
+    from qtool.checkpoint.untrusted import shown_path
+    from qtool.errors import UsageError
+
+    raise UsageError(
+        f"--task-path {shown_path(directory)}: lm_eval runs the code that task definitions name, "
+        "and their templates",
+        "read them, and add --trust-remote-code; --task-file runs no code",
+    )
 
 
 def _harness_options(

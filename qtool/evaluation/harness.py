@@ -1,7 +1,7 @@
 """Tasks of lm_eval (EleutherAI's evaluation harness): found, run, and taken apart by sample.
 
 lm_eval is an extra. It gets its data sets from the hub, and runs Python that task definitions name;
-those of `--task-path` are the user's own.
+with those of `--task-path` only where the user has said to trust it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
 from qtool.checkpoint.output import FULL_DISK
-from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.untrusted import open_regular, read_json_object, shown_path
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 from qtool.evaluation.rows import PIECE_ROWS, ReferenceRows
 from qtool.evaluation.short_rows import DRAWN, TOP, ShortRows, shortened
@@ -40,6 +41,8 @@ DIGEST_BYTES = 32
 ROWS_PER_WHOLE_ONE = 256  # one row in so many is kept whole, to measure the error
 CHUNK_BYTES = 1 << 22
 WEIGHTS_FILE = "weights.json"
+MAX_HEADER_BYTES = 1 << 16
+MAX_WEIGHTS_BYTES = 16 << 20  # of the hashes of weight files
 SMALL_IDS = 1 << 16  # vocabularies up to this need two bytes for a token
 
 
@@ -65,6 +68,8 @@ class LogitsCache:
         self._folder = directory / digest[:NAME_LENGTH]
         self._windows, self._vocabulary = windows, vocabulary
         self._names = [_window_name(ids) for ids in windows]
+        if self._folder.is_symlink():
+            raise UsageError(f"the logits cache {shown_path(self._folder)} is a link", "remove it")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             _write(self._folder / "reference.json", text.encode())
@@ -131,8 +136,12 @@ class LogitsCache:
     def _load(self, index: int) -> ShortRows | None:
         """Read a window; None if it is not what was written."""
         try:
-            raw = self._path(index).read_bytes()
-        except OSError:
+            file, size = open_regular(self._path(index))
+            with file:
+                if size > self._most_bytes(len(self._windows[index])):
+                    return None
+                raw = file.read(size)
+        except (OSError, DamagedError):
             return None
         if hashlib.sha256(raw[DIGEST_BYTES:]).digest() != raw[:DIGEST_BYTES]:
             return None
@@ -140,6 +149,12 @@ class LogitsCache:
             return self._rows(load(raw[DIGEST_BYTES:]), len(self._windows[index]))
         except (SafetensorError, KeyError):
             return None
+
+    def _most_bytes(self, length: int) -> int:
+        """Return what the file of a window never exceeds."""
+        row = 16 * (TOP + DRAWN) + 64
+        kept = len(_kept(0, length, length)) * (8 * self._vocabulary + 8)
+        return length * row + kept + MAX_HEADER_BYTES
 
     def _rows(self, found: Mapping[str, Tensor], length: int) -> ShortRows | None:
         """Return what a file holds, None if that does not fit the window."""
@@ -156,6 +171,9 @@ class LogitsCache:
             or losses.shape != (length,)
             or not torch.equal(kept, expected)
             or whole.shape != (len(expected), self._vocabulary)
+            or not all(x.is_floating_point() for x in (logs, tail, losses, whole))
+            or any(x.is_floating_point() or x.is_complex() for x in (ids, likeliest))
+            or not bool(torch.isfinite(losses).all())
         ):
             return None
         wide = ids.to(torch.int64)
@@ -204,6 +222,8 @@ def _write(path: Path, content: bytes) -> None:
             left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        partial.unlink(missing_ok=True)  # of a process that had the same number, or a link
+        partial.touch(exist_ok=False)
         partial.write_bytes(content)
         partial.replace(path)
     finally:
@@ -272,7 +292,9 @@ def _hashed(file: Path, known: dict[str, Any]) -> str:
     mark = [state.st_size, state.st_mtime_ns]
     entry = known.get(str(file))
     if isinstance(entry, list) and entry[:2] == mark and len(entry) == 3:
-        return str(entry[2])
+        noted = str(entry[2])
+        if re.fullmatch("[0-9a-f]{64}", noted):
+            return noted
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while chunk := content.read(CHUNK_BYTES):
@@ -284,7 +306,6 @@ def _hashed(file: Path, known: dict[str, Any]) -> str:
 def _known_weights(directory: Path) -> dict[str, Any]:
     """Return the hashes noted earlier; none if the file is not what was written."""
     try:
-        found = json.loads((directory / WEIGHTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(directory / WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES)
+    except DamagedError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from qtool import __version__
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.shards import file_digest
+from qtool.checkpoint.untrusted import printable
 from qtool.evaluation.gates import gate_json
 from qtool.json_text import json_text
 from qtool.pipeline.card import model_card
@@ -68,7 +70,8 @@ def resolved_recipe(plan: Plan, output: PlannedOutput, *, from_statistics: bool 
     export = plan.recipe.export[plan.outputs.index(output)]
     recipe = plan.recipe.model_copy(update={"model": model, "export": (export,), "output": None})
     head = f"# Written by qtool {__version__}. Make the same bytes again with:\n"
-    place = "" if checkpoint.revision else f" PATH/TO/{checkpoint.name}"
+    # A name is data: it must end neither this comment nor, pasted, the command.
+    place = "" if checkpoint.revision else f" {quote(f'PATH/TO/{printable(checkpoint.name)}')}"
     statistics = " --statistics THE_SAME_FILE" if from_statistics else ""
     command = f"#   qtool quantize{place} --recipe {RECIPE_FILE}{statistics}\n"
     return head + command + dump_recipe(recipe)
@@ -151,5 +154,11 @@ def write_sums(directory: Path, known: Mapping[str, str]) -> None:
         name = path.relative_to(directory).as_posix()
         # The report holds times; without it, equal sums mean an equal result.
         if name not in {SUMS_FILE, REPORT_FILE}:
-            lines.append(f"{known.get(name) or file_digest(path)}  {name}\n")
+            lines.append(_sum(known.get(name) or file_digest(path), name))
     _write(directory / SUMS_FILE, "".join(lines))
+
+
+def _sum(digest: str, name: str) -> str:
+    """Return a line as coreutils writes it, which escapes what would end or begin another."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"

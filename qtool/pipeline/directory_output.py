@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,6 +77,11 @@ class PlannedDirectory:
         """How many weight files there are."""
         return len(self.shards.shards)
 
+    @property
+    def working_files(self) -> tuple[str, ...]:
+        """Names of the shards."""
+        return tuple(shard.file for shard in self.shards.shards)
+
     def opened_at(self, destination: Path) -> Path:
         """Return the directory itself."""
         return destination
@@ -146,6 +152,7 @@ class DirectoryWriter:
             "quantization_config": dict(output.quantization_config),
         }
         self._directory = directory
+        self._planned = frozenset(output.shards.tensors)
         self._files = [shard.file for shard in output.shards.shards]
         self._shards = ShardWriter(output.shards, directory, resume=resume)
         self._written: list[str] = []
@@ -184,6 +191,19 @@ class DirectoryWriter:
         packed = module in self._source.grids and name == f"{module}.weight"
         there = packed and any(full.rpartition(".")[0] == module for full in names)
         return self._source.read(name) if there else None
+
+    def holds(self, name: str, names: Collection[str]) -> bool:
+        """Tell whether stored tensors are everything of the linear of module path `name`."""
+        return bool(self._of_module[name]) and self._of_module[name] <= set(names)
+
+    @cached_property
+    def _of_module(self) -> Mapping[str, set[str]]:
+        found: dict[str, set[str]] = defaultdict(set)
+        for full in self._planned:
+            module, _, part = full.rpartition(".")
+            if part != "bias":  # which is copied, or changed
+                found[module].add(full)
+        return found
 
     @cached_property
     def _source(self) -> DenseSource:

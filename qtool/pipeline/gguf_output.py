@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.checkpoint.gguf_file import GgufPlan, GgufTensor, plan_gguf
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_values import Value, text, u32
-from qtool.checkpoint.gguf_writer import GgufWriter
+from qtool.checkpoint.gguf_writer import PARTIAL_SUFFIX, GgufWriter
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import write_error
@@ -112,6 +112,12 @@ class PlannedGguf:
             file=f"{self.stem}.gguf",
             max_bytes=self.split_bytes,
         )
+
+    @property
+    def working_files(self) -> tuple[str, ...]:
+        """Names of the parts, without and with what they end in until they are complete."""
+        names = [file.file for file in self.layout.files]
+        return (*names, *(name + PARTIAL_SUFFIX for name in names))
 
     def opened_at(self, destination: Path) -> Path:
         """Return what programs open once it is written: the file, or the first of its parts.
@@ -266,6 +272,11 @@ class GgufFileWriter:
             order = source_order(found.shape[0], converted.permuted_heads)
             found = found[torch.as_tensor(order)]
         return found
+
+    def holds(self, name: str, names: Collection[str]) -> bool:
+        """Tell whether a stored tensor is the linear of module path `name`."""
+        planned = self._by_source.get(f"{name}.weight")
+        return planned is not None and planned.converted.name in names
 
     def release(self) -> None:
         """Close the file and leave it as it is."""

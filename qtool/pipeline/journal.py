@@ -11,26 +11,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from qtool.checkpoint.output import write_error
-from qtool.errors import UsageError
+from qtool.checkpoint.untrusted import open_regular, printable, refuse_bomb, shown_path
+from qtool.errors import DamagedError, UsageError
 from qtool.pipeline.progress import LayerReport
 
 JOURNAL = "journal.jsonl"
 MAX_LINE_BYTES = 64 << 20
+MAX_HEAD_BYTES = 4 << 20  # of the line that says what the run is
+MAX_BYTES = 512 << 20  # of a journal; one of 70,000 experts has 50 MB
+MOST_BLOCKS = 100_000
 SHOWN_DIFFERENCES = 4
+SHOWN_LEVELS = 12  # of nested settings
 
 
 @dataclass(frozen=True)
 class StateFile:
     """A file in the directory of states."""
 
-    name: str
-    sha256: str
+    name: Annotated[str, Field(pattern=r"^[a-z_]+-[0-9]{5}\.(bin|safetensors)$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,23 @@ class FinishedBlock:
         hidden: hidden states behind the block, by stream; empty where none are needed.
     """
 
-    index: int
+    index: Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]
     tensors: tuple[tuple[str, ...], ...]
     digests: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     warnings: tuple[tuple[str, str], ...]
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, le=1e12)]
     changed: StateFile | None = None
     hidden: Mapping[str, StateFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line: what a run is, or one of its blocks."""
+
+    run: str
+    identity: dict[str, Any] | None = None
+    block: FinishedBlock | None = None
 
 
 class Journal:
@@ -67,7 +84,7 @@ class Journal:
 
     Raises:
         UsageError: the file is of a run with another identity; says what differs.
-        CapacityError, DamagedError: it cannot be written.
+        CapacityError, DamagedError: it cannot be read or written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -79,20 +96,24 @@ class Journal:
         self._load()
 
     def _load(self) -> None:
-        lines, whole = _lines(self._path)
-        found = [line for line in map(_parsed, lines) if line is not None]
-        self.damaged = len(lines) - len(found)
-        head = next((line["identity"] for line in found if "identity" in line), None)
-        if any(line["run"] != self._run and "block" in line for line in found):
+        head: Mapping[str, Any] | None = None
+        other, whole = False, True
+        for line in _lines(self._path):
+            whole = line.endswith(b"\n")
+            entry = _parsed(line)
+            if entry is None:
+                self.damaged += 1
+                continue
+            head = entry.identity if head is None else head
+            if entry.block is not None and entry.run == self._run:
+                self.blocks[entry.block.index] = entry.block
+            other = other or (entry.block is not None and entry.run != self._run)
+        if other:
             raise UsageError(
-                f"an unfinished run in {self._path.parent} is another: "
+                f"an unfinished run in {shown_path(self._path.parent)} is another: "
                 + _shown_differences(head, self._identity),
                 "run with the settings of before, or start over with --no-resume",
             )
-        for line in found:
-            if line["run"] == self._run and "block" in line:
-                block = _block(line["block"])
-                self.blocks[block.index] = block
         if self.damaged or not whole or not self.blocks or head is None:
             self._rewrite()
 
@@ -123,7 +144,7 @@ class Journal:
         self._write(_line(entry), truncate=False)
 
     def _write(self, content: bytes, *, truncate: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_APPEND
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_APPEND | os.O_NONBLOCK
         try:
             descriptor = os.open(self._path, flags | (os.O_TRUNC if truncate else 0), 0o666)
             try:
@@ -149,46 +170,52 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def begun_with(path: Path, key: str) -> Any:
-    """Return a value of the identity that the journal at `path` was begun with, None if unknown."""
-    found = map(_parsed, _lines(path)[0])
-    return next((line["identity"].get(key) for line in found if line and "identity" in line), None)
+    """Return a value of the identity that the journal at `path` was begun with, None if unknown.
+
+    Raises:
+        DamagedError: it cannot be read, or is larger than any journal.
+    """
+    found = filter(None, map(_parsed, _lines(path)))
+    return next((entry.identity.get(key) for entry in found if entry.identity is not None), None)
 
 
-def _lines(path: Path) -> tuple[list[bytes], bool]:
-    """Return the lines of a file, and whether the last one was written to its end."""
-    try:
-        content = path.read_bytes()
-        return [line for line in content.split(b"\n") if line], content.endswith(b"\n")
-    except FileNotFoundError:
-        return [], False
-    except OSError as error:
-        raise write_error(path, error) from error
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends, if there is such a file; overlong ones cut."""
+    if not path.exists():
+        return
+    file, size = open_regular(path)
+    with file:
+        if size > MAX_BYTES:
+            raise DamagedError(
+                f"{shown_path(path)} has {size} bytes, more than any journal",
+                "start over with --no-resume",
+            )
+        try:
+            inside = False
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if not inside and line != b"\n":
+                    yield line
+                inside = not line.endswith(b"\n")
+        except OSError as error:
+            raise write_error(path, error) from error
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the entry of a line, None where the checksum does not fit."""
-    checksum, _, body = line.partition(b" ")
+@cache
+def _entries() -> TypeAdapter[_Entry]:
+    return TypeAdapter(_Entry)
+
+
+def _parsed(line: bytes) -> _Entry | None:
+    """Return the entry of a line, None where the checksum does not fit or the shape is another."""
+    checksum, _, body = line.removesuffix(b"\n").partition(b" ")
     if len(line) > MAX_LINE_BYTES or hashlib.sha256(body).hexdigest().encode() != checksum:
         return None
     try:
-        entry = json.loads(body)
-    except (ValueError, RecursionError):
+        refuse_bomb(body, "a line")
+        entry = _entries().validate_json(body, strict=True)
+    except (ValidationError, DamagedError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("run"), str) else None
-
-
-def _block(entry: Mapping[str, Any]) -> FinishedBlock:
-    changed = entry["changed"]
-    return FinishedBlock(
-        index=int(entry["index"]),
-        tensors=tuple(tuple(names) for names in entry["tensors"]),
-        digests=tuple(entry["digests"]),
-        layers=tuple(LayerReport(**layer) for layer in entry["layers"]),
-        warnings=tuple((code, message) for code, message in entry["warnings"]),
-        seconds=float(entry["seconds"]),
-        changed=None if changed is None else StateFile(**changed),
-        hidden={name: StateFile(**file) for name, file in entry["hidden"].items()},
-    )
+    return None if entry.identity is not None and len(body) > MAX_HEAD_BYTES else entry
 
 
 def _shown_differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
@@ -203,18 +230,19 @@ def _shown_differences(before: Mapping[str, Any] | None, now: Mapping[str, Any])
 
 def _difference(key: str, old: Any, new: Any) -> str:
     if old is None or new is None:
-        return f"{key} is {'new' if old is None else 'gone'}"
+        return f"{printable(key)} is {'new' if old is None else 'gone'}"
     if key.endswith("sha256"):
-        return f"{key.rpartition('.')[0]} has changed"
-    return f"{key} was {old}, is {new}"
+        return f"{printable(key.rpartition('.')[0])} has changed"
+    return f"{printable(key)} was {printable(old)}, is {printable(new)}"
 
 
-def _flat(value: Any, prefix: str = "") -> Sequence[tuple[str, Any]]:
+def _flat(value: Any, prefix: str = "", levels: int = SHOWN_LEVELS) -> Sequence[tuple[str, Any]]:
     """Return the leaves of nested mappings and lists under dotted names."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and levels:
         items = list(value.items())
-    elif isinstance(value, list):
+    elif isinstance(value, list) and levels:
         items = [(str(number), item) for number, item in enumerate(value)]
     else:
-        return [(prefix, value)]
-    return [leaf for key, item in items for leaf in _flat(item, f"{prefix}.{key}".lstrip("."))]
+        return [(prefix, "something nested" if isinstance(value, dict | list) else value)]
+    found = (_flat(item, f"{prefix}.{key}".lstrip("."), levels - 1) for key, item in items)
+    return [leaf for leaves in found for leaf in leaves]

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.checkpoint.output import commit_all, write_error
+from qtool.checkpoint.shards import file_digest
+from qtool.checkpoint.untrusted import read_json_object
+from qtool.checkpoint.work_directory import work_path
 from qtool.errors import DamagedError
 from qtool.evaluation.gates import Gate, GateOutcome, check_gates
 from qtool.pipeline.gguf_output import PlannedGguf
@@ -26,6 +29,9 @@ from qtool.pipeline.progress import Progress
 from qtool.pipeline.quantize import Calibration, RunSettings, completed
 
 OUT, RECORD = "out", "rung.json"
+MAX_RECORD_BYTES = 16 << 20
+# What a table of rungs shows.
+SHOWN = {"ppl": ("ratio",), "kld": ("mean", "se"), "top1": ("value",)}
 # A rung counts as smaller only by more than formats differ for the same codes.
 SMALLER = 0.98
 SAFE_BITS = 8.0  # bits per weight at which rounding hardly matters
@@ -134,7 +140,15 @@ class Ladder:
         place = self.work / "rungs" / rung.name
         calibration = self.calibration(rung.plan)
         key = self._key(rung.plan, calibration)
+        out = place / OUT
         known = _record(place / RECORD, key)
+        if known is not None and out.exists() and _digests(out) != known["files"]:
+            self.progress.warn(
+                "damaged_state", f"what an earlier run left of {rung.name} is damaged: done again"
+            )
+            known = None
+        if known is None and not work_path(out).exists():
+            shutil.rmtree(out, ignore_errors=True)  # nobody knows what made it
         if known is None:
             known = self._run(rung, place, calibration)
             _write_record(place / RECORD, {"key": key, **known})
@@ -142,7 +156,6 @@ class Ladder:
             self.progress.note(f"{rung.name} was tried before")
         outcomes = _outcomes(self.measurer.gates, rung.name, known["result"])
         passed = all(outcome.passed for outcome in outcomes)
-        out = place / OUT
         if passed and not out.exists():  # other gates than when it was thrown away
             self._run(rung, place, calibration)
         return Rung(
@@ -162,7 +175,11 @@ class Ladder:
         ) as done:
             commit_all(done.places)
         measured: Measurement = done.result.measured[0]
-        return {"result": dict(measured.result), "seconds": done.result.seconds}
+        return {
+            "result": dict(measured.result),
+            "seconds": done.result.seconds,
+            "files": _digests(place / OUT),
+        }
 
     def _key(self, plan: Plan, calibration: Calibration) -> str:
         """Return what changes where the result or its figures would."""
@@ -231,18 +248,41 @@ def named(plan: Plan, stem: str) -> Plan:
 def _record(path: Path, key: str) -> dict[str, Any] | None:
     """Return what is known of a rung; None where that is nothing, or of another one."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json_object(path, max_bytes=MAX_RECORD_BYTES)
         if found["key"] != key:
             return None
-        return {"result": dict(found["result"]), "seconds": float(found["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        result, seconds = dict(found["result"]), float(found["seconds"])
+        _check_figures(result["metrics"])
+        return {"result": result, "seconds": seconds, "files": dict(found["files"])}
+    except (DamagedError, ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+def _check_figures(metrics: Mapping[str, Any]) -> None:
+    """Check that the figures which a table shows are there.
+
+    Raises:
+        KeyError, TypeError: they are not.
+    """
+    for name, keys in SHOWN.items():
+        for key in keys:
+            if not isinstance(metrics[name][key], int | float):
+                raise TypeError(name)
+    if not all(isinstance(figures, Mapping) for figures in metrics.values()):
+        raise TypeError("metrics")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of everything in an output."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {path.relative_to(directory).as_posix(): file_digest(path) for path in files}
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as file:
             json.dump(record, file)
             file.flush()
             os.fsync(file.fileno())

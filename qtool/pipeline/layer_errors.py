@@ -40,4 +40,7 @@ def layer_errors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _has_numbers(row: dict[str, Any]) -> bool:
     values = [row.get(key) for key in NUMBERS]
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    try:
+        return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    except OverflowError:  # an integer beyond every float
+        return False

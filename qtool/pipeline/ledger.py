@@ -55,7 +55,12 @@ class Ledger:
 
     def verify(self) -> None:
         """Hold the outputs to the journal: take over the blocks that are as they were written."""
-        damaged = [x for x in self._journal.blocks.values() if not self._intact(x)]
+        known = range(self._plan.n_blocks)
+        damaged = [
+            block
+            for block in self._journal.blocks.values()
+            if block.index not in known or not self._intact(block)
+        ]
         for block in damaged:
             self._journal.forget(block.index)
         if damaged or self._journal.damaged:
@@ -69,7 +74,12 @@ class Ledger:
                 self._progress.warn(code, message)
 
     def _intact(self, block: FinishedBlock) -> bool:
+        linears = [linear.name for linear in self._linears(block.index)]
         try:
+            for writer, names in zip(self._writers, block.tensors, strict=True):
+                told = set(names)
+                if len(told) != len(names) or not all(writer.holds(x, told) for x in linears):
+                    return False
             found = [
                 writer.digest(names)
                 for writer, names in zip(self._writers, block.tensors, strict=True)
@@ -107,7 +117,7 @@ class Ledger:
             return index
         # Both are looked at before either is loaded: they belong together.
         if set(last.hidden) != set(streams) or not all(
-            map(self._states.whole, last.hidden.values())
+            self._states.whole(last.hidden[name], hidden) for name, hidden in streams.items()
         ):
             self._drop_states()
             return index
@@ -140,7 +150,7 @@ class Ledger:
         if block is None:
             return None
         changed = self._states.load_changed(block.changed)
-        if changed is None:
+        if changed is None or not all(map(self._fits, changed, changed.values())):
             self._journal.forget(index)
             return None
         found = dict(changed)
@@ -152,6 +162,12 @@ class Ledger:
                 return None
             found[name] = stored
         return found
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor may stand for the checkpoint's of that name."""
+        ref = self._plan.checkpoint.refs.get(name)
+        finite = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        return finite and ref is not None and tuple(tensor.shape) == tuple(ref.shape)
 
     def _linears(self, index: int) -> list[PlannedLinear]:
         taps = self._plan.by_block.get(index, {})

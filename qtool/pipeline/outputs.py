@@ -65,6 +65,9 @@ class OutputWriter(Protocol):
             None where it is not rounded, or none of `names` belongs to it.
         """
 
+    def holds(self, name: str, names: Collection[str]) -> bool:
+        """Tell whether stored tensors are everything of the linear of module path `name`."""
+
     def release(self) -> None:
         """Close what is open, and leave it as it is."""
 
@@ -102,6 +105,10 @@ class PlannedOutput(Protocol):
     @property
     def n_files(self) -> int:
         """How many weight files there are."""
+
+    @property
+    def working_files(self) -> tuple[str, ...]:
+        """Names of the weight files, those that they have until they are complete included."""
 
     @property
     def kept(self) -> tuple[str, ...]:

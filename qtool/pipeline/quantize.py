@@ -188,8 +188,9 @@ def completed(
         work = places[0].work.path
         with LeftForALaterRun(places, work / JOURNAL, plan.n_blocks) as held:
             held.journal = opened_journal(work / JOURNAL, plan, settings.device, calibration)
-            if not held.journal.blocks:
-                clear(partials)  # of a run that finished no block, perhaps another
+            for output, directory in zip(plan.outputs, partials, strict=True):
+                # A run that finished no block was perhaps another; what is not weights is redone.
+                clear(directory, but=output.working_files if held.journal.blocks else ())
             states = work / "states"
             room = partial(check_space, plan, partials, states, windows, settings.device)
             room()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -65,21 +65,20 @@ def closing_writer(writer: OutputWriter) -> Iterator[OutputWriter]:
         writer.release()
 
 
-def clear(directories: Sequence[Path]) -> None:
-    """Remove everything below some directories.
+def clear(directory: Path, *, but: Collection[str] = ()) -> None:
+    """Remove everything below a directory except files of some names.
 
     Raises:
         DamagedError: something cannot be removed.
     """
-    for directory in directories:
-        try:
-            for path in directory.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-        except OSError as error:
-            raise write_error(directory, error) from error
+    try:
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in but:
+                path.unlink()
+    except OSError as error:
+        raise write_error(directory, error) from error
 
 
 class LeftForALaterRun:

@@ -20,7 +20,11 @@ from torch import Tensor
 from qtool.calibration.activations import HiddenStates
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import tensor_bytes
+from qtool.checkpoint.untrusted import open_regular
+from qtool.errors import DamagedError
 from qtool.pipeline.journal import StateFile
+
+MAX_CHANGED_BYTES = 1 << 30  # norms and biases of one block
 
 
 class States:
@@ -58,7 +62,7 @@ class States:
 
         Nothing is replaced unless the file has the bytes that were saved.
         """
-        if not self.whole(file):
+        if not self.whole(file, hidden):
             return False
         with (self._directory / file.name).open("rb", buffering=0) as source:
             for index in range(len(hidden)):
@@ -92,7 +96,7 @@ class States:
         """Return what `save_changed` wrote; None where the file is not whole."""
         if file is None:
             return {}
-        if not self.whole(file):
+        if not self._has_bytes(file, MAX_CHANGED_BYTES):
             return None
         try:
             found: dict[str, Tensor] = load_file(self._directory / file.name)
@@ -100,14 +104,21 @@ class States:
             return None
         return found
 
-    def whole(self, file: StateFile) -> bool:
-        """Tell whether a file has the bytes that were saved."""
+    def whole(self, file: StateFile, hidden: HiddenStates) -> bool:
+        """Tell whether a file has the bytes that were saved, as many as a stream has."""
+        batches = (hidden.get(index) for index in range(len(hidden)))
+        return self._has_bytes(file, sum(x.numel() * x.element_size() for x in batches))
+
+    def _has_bytes(self, file: StateFile, most: int) -> bool:
         digest = hashlib.sha256()
         try:
-            with (self._directory / file.name).open("rb", buffering=0) as source:
+            source, size = open_regular(self._directory / file.name)
+            with source:
+                if size > most:
+                    return False
                 while chunk := source.read(1 << 24):
                     digest.update(chunk)
-        except OSError:
+        except (OSError, DamagedError):
             return False
         return digest.hexdigest() == file.sha256
 

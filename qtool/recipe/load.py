@@ -134,9 +134,15 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe with every key, in the order of the schema; `load_recipe` reads it back."""
+    """Write a recipe with every key, in the order of the schema; `load_recipe` reads it back.
+
+    Letters stay as they are, unless there is something among them that a terminal would obey.
+    """
     data = recipe.model_dump(mode="json")
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    if text.replace("\n", "").isprintable():
+        return text
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=False, width=100)
 
 
 def _assign(data: Any, keys: list[str], value: Any, place: str) -> Keys:

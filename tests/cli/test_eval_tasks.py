@@ -135,6 +135,12 @@ REFUSED = {
     "a limit of nothing": (("--limit", "3"), 2, "--limit"),
     "a template for nothing": (("--apply-chat-template",), 2, "--apply-chat-template"),
     "a path without names": (("--task-path", "."), 2, "--task-path"),
+    "definitions that run code": (
+        ("--tasks", "x", "--task-path", "."),
+        2,
+        "--task-path",
+        "--trust-remote-code",
+    ),
     "no names": (("--tasks", " , "), 2, "--tasks"),
     "domains without text": (("--metrics", "none", "--domains"), 2, "--domains"),
     "no text among metrics": (("--metrics", "none,kld"), 2, "'none'"),

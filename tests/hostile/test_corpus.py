@@ -18,6 +18,9 @@ from builders.llama_gguf import llama_gguf
 from builders.refusals import HANGS, Server, snapshot
 from builders.tiny_models import tiny_model
 
+from qtool.calibration import datasets
+from qtool.errors import DamagedError
+
 CODES = {2, 4, 5, 6}
 MOST_BYTES = 300 << 20
 WEIGHT_LIBRARIES = {"torch", "transformers"}
@@ -121,7 +124,7 @@ def test_a_gguf_file_that_contradicts_itself_is_refused(server, sound, tmp_path,
 
 
 # Too few tokens are counted by the tokenizer; what flipped bytes do is the library's business; a
-# bomb goes off row by row, see test_datasets.py.
+# bomb goes off row by row, see below.
 LATER_DATA = {"text too short", "a parquet of flipped bytes", "a parquet bomb"}
 
 
@@ -139,6 +142,28 @@ def test_bad_data_is_refused_with_its_place(server, sound, tmp_path, name):
     for word in bad.words:
         assert word in ended.message
     assert snapshot(tmp_path) == before
+
+
+def test_a_parquet_bomb_is_given_up_after_a_bounded_part_of_it(tmp_path, monkeypatch):
+    """A file of some kilobytes stands for 60 MB of text here, and could for terabytes."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(datasets, "MAX_TEXT", 4 << 20)
+    read = []
+    real = datasets._row
+
+    def counting(*arguments):
+        read.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(datasets, "_row", counting)
+    table = pyarrow.table({"text": ["x" * 100_000] * 600})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    with pytest.raises(DamagedError, match=r"a\.parquet.*characters"):
+        list(datasets.read_rows(datasets.DatasetSpec("file", str(tmp_path / "a.parquet")), None))
+    assert len(read) == 42  # of 600, up to the first beyond the bound
 
 
 REFUSED_RECIPES = [

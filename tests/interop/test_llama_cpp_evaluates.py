@@ -18,7 +18,8 @@ from qtool.calibration.datasets import DatasetSpec
 from qtool.calibration.tokens import DatasetSource, Windows, evaluation_windows
 from qtool.checkpoint.locate import locate
 from qtool.cli.app import run
-from qtool.errors import DamagedError, QtoolError, UnsupportedError
+from qtool.errors import CapacityError, DamagedError, QtoolError, UnsupportedError
+from qtool.evaluation import llama_trial
 from qtool.evaluation.gguf_model import GgufModel, GgufTokenizer
 from qtool.evaluation.llama_cpp import TOKENS_AT_ONCE, LlamaModel
 from qtool.evaluation.metrics_json import METRICS
@@ -342,3 +343,11 @@ def test_statistics_are_merged_by_the_command(qtool, tmp_path):
     other = tiny_model("llama", tmp_path / "other", hidden=64)
     refused = qtool("calibrate", other, "-o", "x.gguf", "-n", "2", *small, "--merge", "one.gguf")
     assert refused.code == 2
+
+
+def test_a_file_that_wants_more_memory_than_its_size_allows_is_refused_by_name(here, monkeypatch):
+    llama_trial.check_runs(here / "q8.gguf", 1 << 12)
+    monkeypatch.setattr(llama_trial, "FIXED_BYTES", 400 << 20)
+    monkeypatch.setattr(llama_trial, "BYTES_PER_TOKEN", 0)
+    with pytest.raises(CapacityError, match=r"too little memory for .*q8\.gguf"):
+        llama_trial.check_runs(here / "q8.gguf", 1 << 22)

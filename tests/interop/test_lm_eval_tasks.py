@@ -52,6 +52,7 @@ group: local_group
 task: [local_choice, local_again]
 aggregate_metric_list: [{metric: acc}]
 """
+OURS = ("--task-path", "tasks", "--trust-remote-code")
 REF = ("--ref", "model", "--metrics", "none")
 
 
@@ -96,7 +97,7 @@ def tasks_of(outcome):
 
 @pytest.mark.parametrize("model", ["other", "other.gguf"])
 def test_the_same_questions_score_alike_by_lm_eval_and_from_a_file(here, qtool, model):
-    flags = ("--tasks", "local_choice", "--task-path", "tasks", "--task-file", "quiz.jsonl")
+    flags = ("--tasks", "local_choice", *OURS, "--task-file", "quiz.jsonl")
     outcome = qtool("eval", model, *REF, *flags, "--json")
     found = tasks_of(outcome)
     own, theirs = found["quiz"], found["local_choice"]
@@ -122,7 +123,7 @@ def test_figures_are_those_of_lm_evals_own_transformers_model(here, qtool):
         task_manager=TaskManager(include_path=str(here / "tasks")),
         bootstrap_iters=0,
     )
-    flags = ("--tasks", ",".join(names), "--task-path", "tasks", "--num-fewshot", "2")
+    flags = ("--tasks", ",".join(names), *OURS, "--num-fewshot", "2")
     found = tasks_of(qtool("eval", "other", *REF, *flags, "--json"))
     theirs = expected["results"]
     assert found["local_choice"]["value"] == theirs["local_choice"]["acc,none"]
@@ -171,7 +172,7 @@ def test_what_is_generated_is_what_transformers_generates(here, qtool, tmp_path)
 
 
 def test_a_group_is_one_figure_over_all_its_samples(here, qtool):
-    flags = ("--tasks", "local_group", "--task-path", "tasks", "--limit", "6")
+    flags = ("--tasks", "local_group", *OURS, "--limit", "6")
     outcome = qtool("eval", "other", *REF, *flags, "--gate", "task:local_group>=0", "--json")
     found = tasks_of(outcome)
     assert [*found] == ["local_group"]
@@ -190,8 +191,11 @@ def test_data_that_is_on_the_hub_only_is_a_hub_error_that_names_the_task(here, q
     ("flags", "words"),
     [
         (("--tasks", "hellasvag"), "hellaswag"),
-        (("--tasks", "local_choice", "--task-path", "absent"), "absent is not a directory"),
-        (("--tasks", "broken", "--task-path", "tasks"), "broken"),
+        (
+            ("--tasks", "local_choice", "--task-path", "absent", "--trust-remote-code"),
+            "absent is not a directory",
+        ),
+        (("--tasks", "broken", *OURS), "broken"),
         (("--tasks", "quiz", "--task-file", "quiz.jsonl"), "both called quiz"),
     ],
 )
@@ -202,3 +206,27 @@ def test_what_makes_no_sense_is_a_usage_error(here, qtool, flags, words):
     assert outcome.code == 2, outcome.err
     assert words in outcome.err
     assert "Traceback" not in outcome.err
+
+
+CODE = {
+    "function": "doc_to_target: !function evil.f",
+    "template": "doc_to_target: \"{{ cycler.__init__.__globals__.os.system('touch MARKER') }}\"",
+    "metric": "metric_list: [{metric: ./evil.py}]",
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_code_of_definitions_runs_only_where_it_is_trusted(here, qtool, kind):
+    (here / "tasks" / "evil.py").write_text("open('MARKER', 'w')\ndef f(doc): return 0\n")
+    text = (CHOICES % (here / "quiz.jsonl")).replace("local_choice", "evil")
+    key = CODE[kind].partition(":")[0]
+    kept = [line for line in text.splitlines() if not line.startswith(key)]
+    (here / "tasks" / "evil.yaml").write_text("\n".join([*kept, CODE[kind]]))
+    flags = ("--tasks", "evil", "--metrics", "none")
+    outcome = qtool("eval", "other", *flags, "--task-path", "tasks")
+    assert outcome.code == 2
+    assert "--trust-remote-code" in outcome.err
+    assert not (here / "MARKER").exists()
+    if kind == "function":
+        assert tasks_of(qtool("eval", "other", *flags, *OURS, "--json"))["evil"]["samples"] == 11
+        assert (here / "MARKER").exists()

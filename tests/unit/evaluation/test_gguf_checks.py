@@ -10,7 +10,7 @@ import qtool
 from qtool.checkpoint.gguf_header import GgufContents
 from qtool.checkpoint.gguf_values import Value, flag, text, u32
 from qtool.checkpoint.header import TensorRef
-from qtool.errors import DamagedError, UnsupportedError
+from qtool.errors import CapacityError, DamagedError, UnsupportedError
 from qtool.evaluation import llama_cpp, llama_trial
 from qtool.evaluation.gguf_model import check_continues_text
 from qtool.evaluation.llama_cpp import VERSION, check_installed
@@ -98,11 +98,16 @@ def test_the_version_is_the_one_that_the_package_asks_for():
             r"fell over some\.gguf \(exit 9\)",
         ),
         ("import sys; sys.stderr.write('why\\n'); sys.exit(3)", DamagedError, "refuses .*: why"),
+        (
+            "import sys; sys.stderr.write('terminate: std::bad_alloc'); sys.exit(9)",
+            CapacityError,
+            r"too little memory for some\.gguf and 8 tokens: terminate: std::bad_alloc",
+        ),
         ("import sys; sys.stderr.write('no\\n'); sys.exit(4)", UnsupportedError, "cannot run .*no"),
     ],
 )
 def test_however_a_trial_ends_it_becomes_an_error_with_a_name(monkeypatch, program, kind, said):
-    def instead(command, environment):
+    def instead(command, environment, seconds):
         assert command[0] == sys.executable
         return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
 
@@ -116,6 +121,58 @@ def test_a_trial_that_passes_is_silent(monkeypatch):
     monkeypatch.setattr(
         llama_trial,
         "run_trial",
-        lambda command, environment: subprocess.run(["true"], check=False, capture_output=True),
+        lambda command, environment, seconds: subprocess.run(
+            ["true"], check=False, capture_output=True
+        ),
     )
     check_runs(PATH, 8)
+
+
+def test_a_trial_without_end_is_ended_and_the_file_named(monkeypatch):
+    real = llama_trial.run_trial
+
+    def hangs(command, environment, seconds):
+        assert seconds >= llama_trial.FIXED_SECONDS
+        return real([sys.executable, "-c", "import time; time.sleep(600)"], environment, 0.2)
+
+    monkeypatch.setattr(llama_trial, "run_trial", hangs)
+    with pytest.raises(DamagedError, match=r"takes more than 300 seconds to load some\.gguf"):
+        check_runs(PATH, 8)
+
+
+def test_a_trial_that_writes_without_end_fills_neither_disk_nor_memory():
+    program = (
+        "import sys\nfrom qtool.evaluation.llama_trial import limit\nlimit(8 << 30)\n"
+        "try:\n    while True: sys.stderr.write('x' * 65536)\nexcept OSError: sys.exit(9)"
+    )
+    environment = {"PYTHONPATH": str(Path(qtool.__file__).parents[1])}
+    done = llama_trial.run_trial([sys.executable, "-c", program], environment, 60)
+    assert done.returncode == 9
+    assert len(done.stderr) == llama_trial.MOST_WRITTEN
+
+
+def limits_of(monkeypatch, path, context):
+    """What a trial is given: bytes of address space, and seconds."""
+    seen = []
+
+    def looks(command, environment, seconds):
+        seen.append((int(command[-1]), seconds))
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setattr(llama_trial, "run_trial", looks)
+    check_runs(path, context)
+    return seen[0]
+
+
+def test_limits_grow_with_all_parts_of_a_file_and_with_the_context(monkeypatch, tmp_path):
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        with part.open("wb") as file:
+            file.truncate(40 << 30)
+    (tmp_path / "other.gguf").write_bytes(b"")
+    most, seconds = limits_of(monkeypatch, parts[0], 512)
+    assert most >= (240 << 30) + 512 * (5 << 20)
+    assert seconds >= 8192
+    longer, _ = limits_of(monkeypatch, parts[0], 131072)
+    # 80 layers of 64 heads of 128, without groups, in float16.
+    assert longer - most >= (131072 - 512) * 80 * 64 * 128 * 2 * 2
