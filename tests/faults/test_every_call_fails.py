@@ -58,8 +58,8 @@ QUICK = {"export to safetensors"}  # the rest are slow
 # Every so many calls one is tried, beside the first and last of each kind for each file. Of
 # commands that take seconds only every so many of those, unless QTOOL_FAULTS=all: `make faults`.
 STEP = 40
-WHOLE = {"rtn", "export to gguf", "export to safetensors"}
-FEW = 1 if os.environ.get("QTOOL_FAULTS") == "all" else 9
+WHOLE = {"rtn", "export to safetensors"}
+FEW = 1 if os.environ.get("QTOOL_FAULTS") == "all" else 15
 BLOCKS = 2  # of the models
 
 
