@@ -132,7 +132,9 @@ def locate(
             )
         if path.is_dir():
             return _open_directory(path.resolve(), model)
-        return _open_file(path.resolve(), model, headers_only=headers_only, gguf=gguf)
+        # A link keeps its name: blobs of the hub's cache are not called after the parts they are.
+        named = path.parent.resolve() / path.name
+        return _open_file(named, model, headers_only=headers_only, gguf=gguf)
     if _looks_like_a_path(model):
         raise UsageError(
             f"there is no {shown_path(path)}", "check the path, or give a hub id such as org/name"

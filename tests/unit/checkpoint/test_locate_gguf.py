@@ -32,6 +32,20 @@ def test_any_part_is_the_whole_checkpoint(tmp_path):
     assert len({ref.file for ref in found.refs.values()}) == 3
 
 
+def test_parts_in_the_cache_of_the_hub_are_found_by_their_links(tmp_path):
+    weights = llama_weights()
+    blobs, snapshot = (tmp_path / "models--a--b" / name for name in ("blobs", "snapshots"))
+    blobs.mkdir(parents=True)
+    snapshot.mkdir()
+    by_package(tmp_path / "Tiny.gguf", weights, split_max_tensors=7)
+    for number, part in enumerate(sorted(tmp_path.glob("Tiny-*.gguf"))):
+        part.rename(blobs / f"hash{number}")
+        (snapshot / part.name).symlink_to(blobs / f"hash{number}")
+    found = locate(str(snapshot / "Tiny-00001-of-00003.gguf"), gguf=True)
+    assert (found.name, found.path) == ("Tiny", snapshot)
+    assert found.refs.keys() == weights.keys()
+
+
 def test_a_file_stored_under_its_hash_is_found_too(tmp_path):
     path = small().at(tmp_path / "sha256-0123")
     assert set(locate(str(path), gguf=True).refs) == {"a.weight", "b"}
