@@ -40,7 +40,7 @@ test: install ## run every test: offline, on the CPU
 quick: install ## run the tests that take less than a few seconds each
 	$(TEST_ENV) $(RUN)/pytest -n $(WORKERS) -m 'not slow'
 
-faults: install ## fail and kill at every call to the file system, not at some: hours
+faults: install ## fail and kill at every call to the file system, not at some
 	QTOOL_FAULTS=all $(TEST_ENV) $(RUN)/pytest -n $(WORKERS) tests/faults
 
 test-gpu: install ## run the tests on CUDA; skipped with a reason where there is none
