@@ -22,7 +22,7 @@ from qtool.errors import CapacityError, DamagedError, QtoolError, UnsupportedErr
 from qtool.evaluation import llama_trial
 from qtool.evaluation.gguf_model import GgufModel, GgufTokenizer
 from qtool.evaluation.llama_cpp import TOKENS_AT_ONCE, LlamaModel
-from qtool.evaluation.metrics_json import METRICS
+from qtool.evaluation.metrics_json import DEFAULT_METRICS, METRICS
 from qtool.pipeline.evaluate import evaluate, metrics_of
 from qtool.pipeline.progress import Silent
 
@@ -135,6 +135,8 @@ def test_the_rule_of_llama_perplexity_is_there_too(here, length):
     metrics = metrics_of(measured([located(here / "q8.gguf")], None, text)[0], METRICS)
     assert metrics["ppl_llama_cpp"]["value"] == pytest.approx(expected, rel=1e-5)
     assert metrics["ppl_llama_cpp"]["tokens"] == count
+    directory = measured([located(here / "model")], None, text)[0]
+    assert "ppl_llama_cpp" not in metrics_of(directory, DEFAULT_METRICS)
 
 
 def test_files_and_directories_are_measured_together_and_either_is_the_reference(here):
