@@ -145,9 +145,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
-    """Return peak bytes of (resident host memory, device memory) since the process started."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Return peak bytes of (resident host memory, device memory) since the program started."""
+    # What getrusage says begins with the peak of the process that started this one, so that a
+    # small run launched by a large program would be reported as large.
+    ram = _linux_bytes("/proc/self/status", "VmHWM")
+    if ram is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return ram, vram
 
@@ -156,11 +160,17 @@ def free_memory(device: torch.device) -> int:
     """Return bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as lines:  # noqa: PTH123
+    available = _linux_bytes("/proc/meminfo", "MemAvailable")
+    return 8 * 2**30 if available is None else available
+
+
+def _linux_bytes(path: str, name: str) -> int | None:
+    """Return a figure that Linux gives in kB in one of its tables, or None elsewhere."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path) as lines:  # noqa: PTH123
         for line in lines:
-            if line.startswith("MemAvailable"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    return 8 * 2**30
+    return None
 
 
 def return_free_memory() -> None:
