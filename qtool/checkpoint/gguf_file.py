@@ -18,7 +18,7 @@ from qtool.checkpoint.gguf_split import (
     part_name,
 )
 from qtool.checkpoint.gguf_values import Value
-from qtool.checkpoint.shards import Place
+from qtool.checkpoint.written_tensors import Place
 from qtool.errors import UsageError
 from qtool.ggml_types import GGML_TYPES
 

@@ -17,9 +17,10 @@ from typing import Self
 
 from qtool.checkpoint.gguf_file import GgufFile, GgufPlan
 from qtool.checkpoint.output import write_error
-from qtool.checkpoint.shards import file_digest, places_digest
+from qtool.checkpoint.shards import file_digest
 from qtool.checkpoint.untrusted import shown_path
 from qtool.checkpoint.work_directory import sync
+from qtool.checkpoint.written_tensors import WrittenTensors
 from qtool.errors import UsageError
 
 PARTIAL_SUFFIX = ".partial"
@@ -34,7 +35,7 @@ class GgufWriter:
         plan: where everything goes.
         directory: an existing one.
         overwrite: replace files of these names when the new ones are complete.
-        resume: take over what an earlier writer left under the same plan; see `adopt`.
+        resume: take over what an earlier writer left under the same plan; see `tensors`.
 
     Raises:
         UsageError: a file of that name exists, and not `overwrite`; or it is a link; or another
@@ -50,7 +51,7 @@ class GgufWriter:
         self._directory = directory
         self._overwrite = overwrite
         self._resume = resume
-        self._missing = set(plan.tensors)
+        self.tensors = WrittenTensors(plan.places, self._partial)
         self._descriptors: dict[str, int] = {}  # open and locked, while not named yet
         with contextlib.ExitStack() as undo:
             undo.callback(self.abandon)
@@ -75,24 +76,6 @@ class GgufWriter:
         else:
             self.abandon()
 
-    @property
-    def missing(self) -> frozenset[str]:
-        """The names of tensors not written yet."""
-        return frozenset(self._missing)
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Count tensors as written that an earlier writer wrote."""
-        self._missing -= set(names)
-
-    def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of the bytes of tensors as they are in the files now.
-
-        Raises:
-            DamagedError: they cannot be read.
-        """
-        places = map(self._plan.places.__getitem__, names)
-        return places_digest((self._partial(place.file), place) for place in places)
-
     def write(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the bytes of one tensor to its place, piece by piece.
 
@@ -100,10 +83,7 @@ class GgufWriter:
             RuntimeError: not planned, not that many bytes, or written before (a bug in the caller).
             CapacityError: the disk is full.
         """
-        if name not in self._missing:
-            state = "written before" if name in self._plan.tensors else "not planned"
-            raise RuntimeError(f"'{name}' was {state}")
-        place = self._plan.places[name]
+        place = self.tensors.place(name)
         descriptor = self._descriptors[place.file]
         position = place.start
         for chunk in chunks:
@@ -120,7 +100,7 @@ class GgufWriter:
                 raise write_error(self._partial(place.file), error) from error
         if position != place.stop:
             raise RuntimeError(f"'{name}' ended {place.stop - position} bytes early")
-        self._missing.discard(name)
+        self.tensors.note(name)
 
     def close(self) -> None:
         """Put everything on the disk for good, and give the files their names.
@@ -132,8 +112,7 @@ class GgufWriter:
         """
         with contextlib.ExitStack() as undo:
             undo.callback(self.abandon)
-            if self._missing:
-                raise RuntimeError(f"never written: {', '.join(sorted(self._missing)[:5])}")
+            self.tensors.check_complete()
             for file, descriptor in self._descriptors.items():
                 try:
                     os.fsync(descriptor)

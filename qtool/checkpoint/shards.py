@@ -24,9 +24,8 @@ from torch import Tensor
 from qtool.checkpoint.header import DTYPE_BYTES, INDEX_FILE, LENGTH_BYTES, SINGLE_FILE, TensorRef
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import CHUNK_BYTES, DTYPE_NAMES, TensorReader, tensor_bytes
-from qtool.checkpoint.untrusted import GET_AGAIN, open_regular, shown_path
 from qtool.checkpoint.work_directory import sync
-from qtool.errors import DamagedError
+from qtool.checkpoint.written_tensors import Place, WrittenTensors
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 HEADER_ALIGNMENT = 8
@@ -45,15 +44,6 @@ class StoredTensor:
     def n_bytes(self) -> int:
         """The length of its bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor goes: file name and absolute byte range."""
-
-    file: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +165,7 @@ class ShardWriter:
     Args:
         plan: where everything goes.
         directory: an existing one.
-        resume: take over what an earlier writer left under the same plan; see `adopt`.
+        resume: take over what an earlier writer left under the same plan; see `tensors`.
 
     Raises:
         CapacityError: the disk is full.
@@ -185,7 +175,7 @@ class ShardWriter:
     def __init__(self, plan: ShardPlan, directory: Path, *, resume: bool = False) -> None:
         self._plan = plan
         self._directory = directory
-        self._missing = set(plan.tensors)
+        self.tensors = WrittenTensors(plan.places, directory.joinpath)
         for shard in plan.shards:
             path = directory / shard.file
             try:
@@ -207,24 +197,6 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-
-    @property
-    def missing(self) -> frozenset[str]:
-        """The names of tensors not written yet."""
-        return frozenset(self._missing)
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Count tensors as written that an earlier writer wrote."""
-        self._missing -= set(names)
-
-    def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of the bytes of tensors as they are in the files now.
-
-        Raises:
-            DamagedError: they cannot be read.
-        """
-        places = map(self._plan.places.__getitem__, names)
-        return places_digest((self._directory / place.file, place) for place in places)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one CPU tensor to its place.
@@ -258,9 +230,7 @@ class ShardWriter:
             self._put(name, reader.chunks(ref.name))
 
     def _put(self, name: str, chunks: Iterable[memoryview]) -> None:
-        if name not in self._missing:
-            raise RuntimeError(f"'{name}' was written before")
-        place = self._plan.places[name]
+        place = self.tensors.place(name)
         path = self._directory / place.file
         try:
             with path.open("r+b", buffering=0) as file:
@@ -273,7 +243,7 @@ class ShardWriter:
                     raise RuntimeError(f"'{name}' ended at {file.tell()}, not {place.stop}")
         except OSError as error:
             raise write_error(path, error) from error
-        self._missing.discard(name)
+        self.tensors.note(name)
 
     def close(self) -> None:
         """Put everything on the disk for good, and write the index if there are several files.
@@ -282,8 +252,7 @@ class ShardWriter:
             RuntimeError: a tensor was never written (a bug in the caller).
             CapacityError: the disk is full.
         """
-        if self._missing:
-            raise RuntimeError(f"never written: {', '.join(sorted(self._missing)[:5])}")
+        self.tensors.check_complete()
         index = self._plan.index_bytes
         path = self._directory / INDEX_FILE
         try:
@@ -301,26 +270,6 @@ class ShardWriter:
         return {
             shard.file: file_digest(self._directory / shard.file) for shard in self._plan.shards
         }
-
-
-def places_digest(places: Iterable[tuple[Path, Place]]) -> str:
-    """Return the SHA-256 of the bytes at several places, one after the other, in hexadecimal.
-
-    Raises:
-        DamagedError: a file ends too early or cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path, place in places:
-        with open_regular(path)[0] as file:
-            left = place.stop - place.start
-            file.seek(place.start)
-            while left:
-                chunk = file.read(min(CHUNK_BYTES, left))
-                if not chunk:
-                    raise DamagedError(f"{shown_path(path)} ends at byte {file.tell()}", GET_AGAIN)
-                digest.update(chunk)
-                left -= len(chunk)
-    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

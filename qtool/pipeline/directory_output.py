@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -155,35 +155,16 @@ class DirectoryWriter:
         self._planned = frozenset(output.shards.tensors)
         self._files = [shard.file for shard in output.shards.shards]
         self._shards = ShardWriter(output.shards, directory, resume=resume)
-        self._written: list[str] = []
+        self.tensors = self._shards.tensors
 
     def write(self, name: str, quantized: QuantizedTensor) -> None:
         """Pack the linear of module path `name`."""
         for full, tensor in self._format.pack(name, quantized).items():
             self._shards.write(full, tensor)
-            self._written.append(full)
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""
         self._shards.write(name, tensor.cpu())
-        self._written.append(name)
-
-    def written(self) -> tuple[str, ...]:
-        """Return the stored tensors that were written since this was last asked."""
-        found, self._written = tuple(self._written), []
-        return found
-
-    def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of the bytes of stored tensors, as they are in the files now.
-
-        Raises:
-            DamagedError: they cannot be read.
-        """
-        return self._shards.digest(names)
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Count stored tensors as written, by an earlier run that this one continues."""
-        self._shards.adopt(names)
 
     def stored(self, name: str, names: Collection[str]) -> Tensor | None:
         """Return a rounded matrix of the checkpoint, dense, if the shards hold it yet."""
@@ -220,7 +201,7 @@ class DirectoryWriter:
         """Copy what is stored as it was, byte for byte, and close; return the files' SHA-256."""
         del importance
         for name, ref in self._checkpoint.refs.items():
-            if name in self._shards.missing:
+            if name in self.tensors.missing:
                 self._shards.write_from(ref)
         self._shards.close()
         return self._shards.digests()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -220,8 +220,8 @@ class GgufFileWriter:
         self._checkpoint = checkpoint
         self._directory = directory
         self._file = GgufWriter(output.layout, directory, resume=resume)
+        self.tensors = self._file.tensors
         self._layout = output.layout
-        self._written: list[str] = []
         self._importance = importance or {}
 
     def write(self, name: str, quantized: QuantizedTensor) -> None:
@@ -231,30 +231,11 @@ class GgufFileWriter:
             order = torch.as_tensor(row_order(quantized.shape[0], converted.permuted_heads))
             quantized = quantized.select_rows(order)
         self._file.write(converted.name, [tensor_bytes(packed(converted.name, quantized))])
-        self._written.append(converted.name)
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""
         planned = self._by_source[name]
         self._encode(planned, iter([stored_rows(planned.converted, tensor.cpu())]))
-        self._written.append(planned.converted.name)
-
-    def written(self) -> tuple[str, ...]:
-        """Return the stored tensors that were written since this was last asked."""
-        found, self._written = tuple(self._written), []
-        return found
-
-    def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of the bytes of stored tensors, as they are in the file now.
-
-        Raises:
-            DamagedError: they cannot be read.
-        """
-        return self._file.digest(names)
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Count stored tensors as written, by an earlier run that this one continues."""
-        self._file.adopt(names)
 
     def stored(self, name: str, names: Collection[str]) -> Tensor | None:
         """Return a rounded matrix of the checkpoint, dense, if the file holds it yet."""
@@ -294,7 +275,7 @@ class GgufFileWriter:
         """Stream everything that is left from a source; `done` is told each name."""
         for planned in self._tensors:
             name = planned.converted.name
-            if name not in self._file.missing:
+            if name not in self.tensors.missing:
                 continue
             carried = source.carried(planned.converted, planned.kind)
             if carried is None:

@@ -81,7 +81,7 @@ class Ledger:
                 if len(told) != len(names) or not all(writer.holds(x, told) for x in linears):
                     return False
             found = [
-                writer.digest(names)
+                writer.tensors.digest(names)
                 for writer, names in zip(self._writers, block.tensors, strict=True)
             ]
         except (DamagedError, KeyError, ValueError):
@@ -178,7 +178,7 @@ class Ledger:
         for index, block in self._earlier.items():
             if index not in self._noted:
                 for writer, names in zip(self._writers, block.tensors, strict=True):
-                    writer.adopt(names)
+                    writer.tensors.adopt(names)
 
     # --- what this process does -------------------------------------------------------------
 
@@ -214,8 +214,10 @@ class Ledger:
         for writer in self._writers:
             for name, tensor in changed.items():
                 writer.write_changed(name, tensor)
-        tensors = tuple(writer.written() for writer in self._writers)
-        digests = tuple(w.digest(names) for w, names in zip(self._writers, tensors, strict=True))
+        tensors = tuple(writer.tensors.recent() for writer in self._writers)
+        digests = tuple(
+            w.tensors.digest(names) for w, names in zip(self._writers, tensors, strict=True)
+        )
         last = self._saved()
         hidden = {}
         # A hole that was mended lies behind what is kept already.

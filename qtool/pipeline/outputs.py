@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from qtool.checkpoint.written_tensors import WrittenTensors
 from qtool.grids.protocol import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -41,18 +42,9 @@ class OutputWriter(Protocol):
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote; `name` is the checkpoint's."""
 
-    def written(self) -> tuple[str, ...]:
-        """Return the stored tensors that were written since this was last asked."""
-
-    def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of the bytes of stored tensors, as they are in the files now.
-
-        Raises:
-            DamagedError: they cannot be read.
-        """
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Count stored tensors as written, by an earlier run that this one continues."""
+    @property
+    def tensors(self) -> WrittenTensors:
+        """The stored tensors."""
 
     def stored(self, name: str, names: Collection[str]) -> Tensor | None:
         """Return a rounded matrix of the checkpoint as this output holds it, dense, on the CPU.

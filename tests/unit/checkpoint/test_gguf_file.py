@@ -215,9 +215,9 @@ def test_pieces_of_any_size_make_a_tensor(tmp_path):
     plan = plan_gguf({}, ODD, file="x.gguf")
     content = {tensor.name: bytes_of(tensor) for tensor in ODD}
     with GgufWriter(plan, tmp_path) as writer:
-        assert writer.missing == {"a", "b", "c"}
+        assert writer.tensors.missing == {"a", "b", "c"}
         writer.write("b", (content["b"][i : i + 11] for i in range(0, 238, 11)))
-        assert writer.missing == {"a", "c"}
+        assert writer.tensors.missing == {"a", "c"}
         writer.write("a", [b"", memoryview(content["a"]), np.empty((0, 4), np.uint8)])
         writer.write("c", [np.frombuffer(content["c"], np.float16)])
     places = plan.places

@@ -143,7 +143,7 @@ def test_nothing_is_written_twice_or_forgotten(tmp_path):
     writer.write("a", tensors["a"])
     with pytest.raises(RuntimeError, match="'a' was written before"):
         writer.write("a", tensors["a"])
-    assert writer.missing == {"b"}
+    assert writer.tensors.missing == {"b"}
     with pytest.raises(RuntimeError, match="never written: b"):
         writer.close()
 
