@@ -97,7 +97,8 @@ def evaluate(
         typer.Option(
             "--logits-cache",
             metavar="DIR",
-            help="Keep what is needed of ORIGINAL's logits, for other models and after Ctrl-C.",
+            help="Keep what is needed of ORIGINAL's logits, and answers to tasks, for other models "
+            "and after Ctrl-C.",
             envvar="QTOOL_LOGITS_CACHE",
         ),
     ] = None,
@@ -172,23 +173,25 @@ def evaluate(
         from qtool.cli.evaluate_report import Report, render, result_object, results_of
         from qtool.pipeline.evaluate import Extent, dtype_of, evaluate_fully, without_text
 
-        target, kind = devices.resolve(device), dtype_of(dtype)
+        target = devices.resolve(device)
+        dtype_of(dtype)  # refused before anything is run
         progress = terminal.progress()
         checks = _checked_tokenizers(found, original, progress)
         suite = asked.suite()
-        if names:
-            most = None if every else windows
-            tokens, apart = _windows(original, found, text, length, most, domains=domains)
-            _warn_of_length([*found, *([original] if original else [])], length, progress)
-            cache = logits_cache if original is not None else None
-            extent = Extent(ends, apart, cache, noise_floor)
-            with _saying_what_is_kept(cache):
+        tokens, evaluation = None, without_text(found)
+        with _saying_what_is_kept(logits_cache if original or suite else None):
+            if names:
+                most = None if every else windows
+                tokens, apart = _windows(original, found, text, length, most, domains=domains)
+                _warn_of_length([*found, *([original] if original else [])], length, progress)
+                cache = logits_cache if original is not None else None
+                extent = Extent(ends, apart, cache, noise_floor)
                 evaluation = evaluate_fully(
                     found, original, tokens, target, progress, extent, dtype=dtype
                 )
-        else:
-            tokens, evaluation = None, without_text(found)
-        scores = task_options.scored(suite, found, original, target, progress, kind)
+            scores = task_options.scored(
+                suite, found, original, target, progress, dtype, logits_cache
+            )
         report = Report(evaluation, original, tokens, data, length, names, checks, scores)
         results = results_of(report)
         outcomes = check_gates(limits, results)
@@ -212,7 +215,7 @@ def _saying_what_is_kept(cache: Path | None) -> Iterator[None]:
             raise
         raise InterruptionError(
             "interrupted",
-            f"run the same command to go on: the original's logits so far are kept in {cache}",
+            f"run the same command to go on: what is known so far is kept in {cache}",
             resumable=True,
         ) from error
 

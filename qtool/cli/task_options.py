@@ -190,7 +190,8 @@ def scored(
     original: Checkpoint | None,
     device: torch.device,
     progress: Progress,
-    dtype: torch.dtype,
+    dtype: str,
+    cache: Path | None,
 ) -> list[ModelTasks]:
     """Return what every model reached; nothing where there are no tasks.
 
@@ -203,4 +204,6 @@ def scored(
     from qtool.pipeline.evaluate_tasks import evaluate_tasks
 
     with text_tokenizer(original, models) as tokenizer:
-        return evaluate_tasks(models, original, suite, tokenizer, device, progress, dtype=dtype)
+        return evaluate_tasks(
+            models, original, suite, tokenizer, device, progress, dtype=dtype, cache=cache
+        )

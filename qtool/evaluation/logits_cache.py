@@ -1,24 +1,15 @@
 """A reference's shortened logits on disk, so that they are computed once.
 
     DIR/KEY/WINDOW.logits    one window: SHA-256 of what follows, then safetensors
-    DIR/KEY/reference.json   what KEY stands for, for people
-    DIR/weights.json         SHA-256 of weight files, so that a file is hashed once
 
-KEY is a hash of everything that decides the logits: the reference's weights and configuration, the
-dtype, the versions of the libraries. WINDOW is a hash of the token ids, so a longer run over the
-same text finds what a shorter one left. A window is written whole or not at all, and one whose hash
-is not right is computed again.
+KEY stands for the reference, see `cache_directory`. WINDOW is a hash of the token ids, so a longer
+run over the same text finds what a shorter one left. A window whose hash is not right is computed
+again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
 import hashlib
-import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,21 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
-from qtool.checkpoint.output import FULL_DISK
-from qtool.checkpoint.untrusted import open_regular, read_json_object, shown_path
-from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
+from qtool.checkpoint.untrusted import open_regular, shown_path
+from qtool.errors import DamagedError
+from qtool.evaluation.cache_directory import NAME_LENGTH, cache_folder, write_error, write_whole
 from qtool.evaluation.rows import PIECE_ROWS, ReferenceRows
 from qtool.evaluation.short_rows import DRAWN, TOP, ShortRows, shortened
 
 LAYOUT = 1
-NAME_LENGTH = 32  # hexadecimal digits of a hash that name a file
 DIGEST_BYTES = 32
 ROWS_PER_WHOLE_ONE = 256  # one row in so many is kept whole, to measure the error
-CHUNK_BYTES = 1 << 22
-WEIGHTS_FILE = "weights.json"
 MAX_HEADER_BYTES = 1 << 16
-MAX_WEIGHTS_BYTES = 16 << 20  # of the hashes of weight files
 SMALL_IDS = 1 << 16  # vocabularies up to this need two bytes for a token
 
 
@@ -63,18 +49,9 @@ class LogitsCache:
         self, directory: Path, key: Mapping[str, Any], windows: Tensor, vocabulary: int
     ) -> None:
         whole = {**key, "layout": LAYOUT, "top": TOP, "drawn": DRAWN, "vocabulary": vocabulary}
-        text = json.dumps(whole, sort_keys=True, indent=2)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self._folder = directory / digest[:NAME_LENGTH]
+        self._folder = cache_folder(directory, whole)
         self._windows, self._vocabulary = windows, vocabulary
         self._names = [_window_name(ids) for ids in windows]
-        if self._folder.is_symlink():
-            raise UsageError(f"the logits cache {shown_path(self._folder)} is a link", "remove it")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _write(self._folder / "reference.json", text.encode())
-        except OSError as error:
-            raise write_error(self._folder, error) from error
 
     def missing(self) -> tuple[list[int], int]:
         """Return the windows that are still to be computed, and how many of them are damaged."""
@@ -109,7 +86,7 @@ class LogitsCache:
             return False
         path = self._path(index)
         try:
-            _write(path, _sealed(_content(parts, self._vocabulary)))
+            write_whole(path, _sealed(_content(parts, self._vocabulary)))
         except OSError as error:
             raise write_error(path, error) from error
         return True
@@ -213,99 +190,3 @@ def _content(parts: list[ShortRows], vocabulary: int) -> bytes:
 
 def _sealed(content: bytes) -> bytes:
     return hashlib.sha256(content).digest() + content
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if not _writes_on(left.suffix[1:]):
-            left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.unlink(missing_ok=True)  # of a process that had the same number, or a link
-        partial.touch(exist_ok=False)
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # gone with its new name; else the next process tries
-            partial.unlink(missing_ok=True)
-
-
-def _writes_on(process: str) -> bool:
-    """Tell whether a process, by its number, is still there to finish what it writes."""
-    if not process.isdigit():
-        return True  # not one of ours
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return int(process) != os.getpid()
-
-
-def write_error(path: Path, error: OSError) -> QtoolError:
-    """Return the refusal that tells a user why the cache could not be written."""
-    message = f"cannot write the logits cache {shown_path(path)}: {error.strerror or error}"
-    if error.errno in FULL_DISK or error.errno == errno.ENOMEM:
-        # What is in it already is found again.
-        hint = "free some space or choose another --logits-cache"
-        return CapacityError(message, hint, resumable=True)
-    return UsageError(message, "choose a directory for --logits-cache that you may write to")
-
-
-def identity(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Return what tells a model's weights and configuration from any other's.
-
-    A model from the hub is known by its commit. Files on this machine are hashed, once for each
-    size and time of change; the hashes are noted in `directory`.
-
-    Raises:
-        UsageError, CapacityError: the directory cannot be written.
-        DamagedError: a weight file cannot be read.
-    """
-    if checkpoint.revision is not None:
-        return {"model": checkpoint.source, "revision": checkpoint.revision}
-    files = sorted({ref.file for ref in checkpoint.refs.values()})
-    if not checkpoint.gguf:
-        files.append(checkpoint.path / CONFIG_FILE)
-    known = _known_weights(directory)
-    found: dict[str, str] = {}
-    for file in files:
-        try:
-            found[file.name] = _hashed(file, known)
-        except OSError as error:
-            raise DamagedError(
-                f"cannot read {shown_path(file)}: {error.strerror}", "check its permissions"
-            ) from error
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / WEIGHTS_FILE, json.dumps(known, indent=2).encode())
-    except OSError as error:
-        raise write_error(directory, error) from error
-    return {"files": found}
-
-
-def _hashed(file: Path, known: dict[str, Any]) -> str:
-    """Return a file's SHA-256, from `known` if it has not changed since."""
-    state = file.stat()
-    mark = [state.st_size, state.st_mtime_ns]
-    entry = known.get(str(file))
-    if isinstance(entry, list) and entry[:2] == mark and len(entry) == 3:
-        noted = str(entry[2])
-        if re.fullmatch("[0-9a-f]{64}", noted):
-            return noted
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            digest.update(chunk)
-    known[str(file)] = [*mark, digest.hexdigest()]
-    return digest.hexdigest()
-
-
-def _known_weights(directory: Path) -> dict[str, Any]:
-    """Return the hashes noted earlier; none if the file is not what was written."""
-    try:
-        return read_json_object(directory / WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES)
-    except DamagedError:
-        return {}

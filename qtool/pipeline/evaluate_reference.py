@@ -16,7 +16,8 @@ from torch import Tensor
 from qtool import __version__
 from qtool.checkpoint.locate import Checkpoint
 from qtool.errors import UnsupportedError
-from qtool.evaluation.logits_cache import LogitsCache, identity
+from qtool.evaluation.cache_directory import identity
+from qtool.evaluation.logits_cache import LogitsCache
 from qtool.evaluation.rows import ReferenceRows, WholeRows
 from qtool.evaluation.runners import Runner, StreamedModel
 from qtool.evaluation.scores import not_finite
@@ -144,13 +145,7 @@ class CachedReference:
         self, checkpoint: Checkpoint, setting: Setting, directory: Path, dtype: str
     ) -> None:
         self._checkpoint, self._setting, self._directory = checkpoint, setting, directory
-        self._key: dict[str, Any] = {
-            "reference": identity(checkpoint, directory),
-            "engine": _engine(checkpoint),
-            "dtype": None if checkpoint.gguf else dtype,
-            "device": setting.device.type,
-            "qtool": __version__,
-        }
+        self._key = model_key(checkpoint, directory, setting.device, dtype)
 
     def rows(self, vocabulary: int) -> Iterator[ReferenceRows]:
         """Yield what is kept of its logits for the first `vocabulary` tokens, piece by piece."""
@@ -186,6 +181,30 @@ class CachedReference:
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
+
+
+def model_key(
+    checkpoint: Checkpoint, directory: Path, device: torch.device, dtype: str
+) -> dict[str, Any]:
+    """Return everything that decides what a model says to a text.
+
+    Args:
+        checkpoint: the model.
+        directory: of the cache, which remembers hashes of weights.
+        device: where a directory is computed.
+        dtype: name of the dtype in which it is.
+
+    Raises:
+        UsageError, CapacityError: the directory cannot be written.
+        DamagedError: a weight file cannot be read.
+    """
+    return {
+        "reference": identity(checkpoint, directory),
+        "engine": _engine(checkpoint),
+        "dtype": None if checkpoint.gguf else dtype,
+        "device": device.type,
+        "qtool": __version__,
+    }
 
 
 def _engine(checkpoint: Checkpoint) -> dict[str, str]:

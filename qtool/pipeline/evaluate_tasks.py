@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtool.checkpoint.locate import Checkpoint
+from qtool.evaluation.answers_cache import CachedTasks
 from qtool.evaluation.continuations import Begin, TaskRunner
 from qtool.evaluation.streamed_tasks import StreamedTasks
 from qtool.evaluation.task_files import TaskFile
 from qtool.evaluation.task_scoring import Samples, Shortened, score_files
 from qtool.evaluation.task_statistics import Paired, TaskMetric, TaskScore, metric_of
 from qtool.evaluation.task_tokens import TaskTokenizer
-from qtool.pipeline.evaluate_reference import steps, vocabulary_of
+from qtool.pipeline.evaluate import dtype_of
+from qtool.pipeline.evaluate_reference import TOKENS_AT_ONCE, model_key, steps, vocabulary_of
 from qtool.pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,17 +70,21 @@ def evaluate_tasks(
     device: torch.device,
     progress: Progress,
     *,
-    dtype: torch.dtype,
+    dtype: str,
+    cache: Path | None = None,
 ) -> list[ModelTasks]:
     """Score models in tasks, in pairs with the reference if there is one.
 
     Directories run in `dtype` on `device`, GGUF files by llama.cpp on the CPU. All get the token
-    ids that `tokenizer` makes, the original's as a rule.
+    ids that `tokenizer` makes, the original's as a rule. What a model has answered before is taken
+    from `cache`.
 
     Raises:
-        UsageError: an answer longer than what a model can read, or no chat template.
+        UsageError: an answer longer than what a model can read, or no chat template; an unknown
+            dtype; a cache that cannot be written.
         UnsupportedError, DamagedError, NumericalError: a model that cannot be run.
-        CapacityError: a task generates text, and the whole model does not fit.
+        CapacityError: a task generates text, and the whole model does not fit; no room for the
+            cache.
     """
     every = [*models, *([reference] if reference else [])]
     sizes = [size for size in map(vocabulary_of, every) if size]
@@ -90,7 +96,12 @@ def evaluate_tasks(
         with tempfile.TemporaryDirectory() as spill:
             begin = partial(steps, progress)
             place = Path(spill)
-            runner = _runner(checkpoint, device, dtype, place, vocabulary, begin)
+            runner = _runner(checkpoint, device, dtype_of(dtype), place, vocabulary, begin)
+            if cache is not None:
+                key = model_key(checkpoint, cache, device, dtype)
+                key["vocabulary"] = vocabulary
+                at_once = TOKENS_AT_ONCE["cpu" if checkpoint.gguf else device.type]
+                runner = CachedTasks(runner, cache, key, at_once)
             with closing(runner):
                 raw = _answered(checkpoint, runner, suite, texts, progress)
         progress.finish()

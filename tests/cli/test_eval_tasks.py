@@ -8,6 +8,8 @@ from builders.tiny_models import tiny_model
 from test_bad_requests import assert_refused
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
+from qtool.evaluation.streamed_tasks import StreamedTasks
+
 REF = ("--ref", "./model")
 NONE = ("--metrics", "none")
 LM_EVAL = importlib.util.find_spec("lm_eval") is not None
@@ -159,3 +161,57 @@ def test_what_cannot_be_done_is_refused(here, files, qtool, request_name):
 def test_lm_eval_that_is_missing_is_named_with_its_command(here, qtool):
     outcome = qtool("eval", "./model", "--tasks", "hellaswag")
     assert_refused(outcome, 5, "lm_eval", "pip install 'qtool-llm[tasks]'")
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored_requests(monkeypatch):
+    """How many requests went through a model, run by run."""
+    counts, score = [], StreamedTasks.score
+
+    def counting(runner, requests):
+        counts.append(len(requests))
+        return score(runner, requests)
+
+    monkeypatch.setattr(StreamedTasks, "score", counting)
+    return counts
+
+
+def test_answers_come_from_the_cache_and_are_the_same(files, other, qtool, scored_requests):
+    arguments = ("eval", other, *REF, *files, *NONE, "--json")
+    plain = qtool(*arguments).value
+    first = qtool(*arguments, "--logits-cache", "kept").value
+    assert sum(scored_requests) > 2 * 27
+    scored_requests.clear()
+    second = qtool(*arguments, "--logits-cache", "kept").value
+    assert sum(scored_requests) == 0
+    for value in (first, second):
+        assert value["results"][0]["metrics"] == plain["results"][0]["metrics"]
+
+
+def test_a_higher_limit_asks_what_is_new(files, qtool, scored_requests):
+    arguments = ("eval", "./model", "--task-file", "quiz.jsonl", *NONE, "--logits-cache", "kept")
+    assert qtool(*arguments, "--limit", "4", "--json").code == 0
+    assert sum(scored_requests) == 4 * 3
+    scored_requests.clear()
+    assert tasks_of(qtool(*arguments, "--json"))["quiz"]["samples"] == 9
+    assert sum(scored_requests) == 5 * 3
+
+
+def test_an_interrupted_run_of_tasks_says_what_is_kept(files, other, qtool, monkeypatch):
+    score = StreamedTasks.score
+
+    def interrupted(runner, requests):
+        if "other" in str(runner._checkpoint.path):
+            raise KeyboardInterrupt
+        return score(runner, requests)
+
+    arguments = ("eval", other, *REF, *files, *NONE, "--logits-cache", "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedTasks, "score", interrupted)
+        outcome = qtool(*arguments)
+    assert outcome.code == 130
+    assert "what is known so far is kept in kept" in outcome.err
+    assert qtool(*arguments).code == 0

@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 
 from qtool.checkpoint.locate import locate
 from qtool.errors import QtoolError
-from qtool.evaluation.logits_cache import DIGEST_BYTES, WEIGHTS_FILE, LogitsCache, identity
+from qtool.evaluation.cache_directory import WEIGHTS_FILE, identity
+from qtool.evaluation.logits_cache import DIGEST_BYTES, LogitsCache
 from qtool.evaluation.scores import row_pieces
 
 WINDOWS, LENGTH, VOCABULARY = 2, 40, 300

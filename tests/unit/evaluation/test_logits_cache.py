@@ -13,7 +13,8 @@ from qtool.calibration.tokens import DatasetSource, Windows
 from qtool.checkpoint.locate import locate
 from qtool.errors import CapacityError, DamagedError, UsageError
 from qtool.evaluation import logits_cache
-from qtool.evaluation.logits_cache import LogitsCache, identity
+from qtool.evaluation.cache_directory import identity
+from qtool.evaluation.logits_cache import LogitsCache
 from qtool.evaluation.rows import WholeRows
 from qtool.evaluation.runners import StreamedModel
 from qtool.evaluation.scores import row_pieces, score_windows
