@@ -16,6 +16,7 @@ from typing import Any
 from qtool.checkpoint.gguf_header import GgufContents, is_gguf
 from qtool.checkpoint.gguf_split import model_stem, read_gguf_split
 from qtool.checkpoint.header import (
+    INDEX_FILE,
     PICKLE_SUFFIXES,
     TensorRef,
     checkpoint_refs,
@@ -96,6 +97,27 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """The bytes of all tensors."""
         return sum(ref.n_bytes for ref in self.refs.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """The bytes of the files on this machine that hold the tensors, and of their index.
+
+        Raises:
+            DamagedError: one of them is gone.
+        """
+        if self.gguf:
+            return sum(part.file_bytes for part in self.gguf)
+        files = {ref.file for ref in self.refs.values()}
+        index = self.path / INDEX_FILE
+        if len(files) > 1 and index.is_file():
+            files.add(index)
+        try:
+            return sum(file.stat().st_size for file in files)
+        except OSError as error:
+            raise DamagedError(
+                f"cannot read the weights of {shown_path(self.path)}: {error.strerror}",
+                "restore the file that was there when qtool started",
+            ) from error
 
 
 def locate(

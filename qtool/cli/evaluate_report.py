@@ -109,7 +109,7 @@ def result_object(
         value["reference"] = {
             "model": original.source,
             "format": format_name(original),
-            "bytes": original.total_bytes,
+            "bytes": original.file_bytes,
         }
     if floor is not None:
         value["noise_floor"] = {"dtype": NOISE_DTYPE, "kld": divergence_json(floor)}

@@ -68,11 +68,6 @@ class PlannedDirectory:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.shards.tensor_bytes
-
-    @property
     def n_files(self) -> int:
         """How many weight files there are."""
         return len(self.shards.shards)

@@ -62,8 +62,8 @@ class Evaluated:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the weights on disk."""
-        return self.checkpoint.total_bytes
+        """Bytes of the weight files."""
+        return self.checkpoint.file_bytes
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,6 @@ class PlannedGguf:
         return hashlib.sha256(headers).hexdigest()
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.layout.tensor_bytes
-
-    @property
     def n_files(self) -> int:
         """How many files there are."""
         return len(self.layout.files)

@@ -47,8 +47,8 @@ class RungPlan:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors of its output."""
-        return self.plan.outputs[0].tensor_bytes
+        """Bytes of the weight files of its output."""
+        return self.plan.outputs[0].n_bytes
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Rung:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors of its output."""
-        return self.plan.outputs[0].tensor_bytes
+        """Bytes of the weight files of its output."""
+        return self.plan.outputs[0].n_bytes
 
 
 @dataclass(frozen=True)

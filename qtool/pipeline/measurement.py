@@ -122,7 +122,7 @@ class Measurer:
     ) -> Measurement:
         result: dict[str, Any] = {
             "model": str(name),
-            "bytes": model.total_bytes,
+            "bytes": model.file_bytes,
             "metrics": metrics,
         }
         if any(gate.measure.kind == "same" for gate in self.gates):
@@ -158,7 +158,7 @@ def check_gates_can_decide(plans: Sequence[Plan], gates: Sequence[Gate]) -> None
 
 def _check_sizes(outputs: Sequence[PlannedOutput], gates: Sequence[Gate]) -> None:
     planned = [
-        {"model": f"the planned {output.name}", "bytes": output.tensor_bytes} for output in outputs
+        {"model": f"the planned {output.name}", "bytes": output.n_bytes} for output in outputs
     ]
     failed = [outcome for outcome in check_gates(gates, planned) if not outcome.passed]
     if failed:

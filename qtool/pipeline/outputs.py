@@ -91,10 +91,6 @@ class PlannedOutput(Protocol):
         """SHA-256 of everything that is known of the files before a weight is."""
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors, as `eval` counts the size of a model."""
-
-    @property
     def n_files(self) -> int:
         """How many weight files there are."""
 

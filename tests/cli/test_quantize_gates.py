@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 from builders.command_line import SMALL
-from safetensors.torch import load_file
 
 QUANTIZE = ("quantize", "./model", "-m", "rtn", "-f", "gptq", "-o", "out", *SMALL)
 
@@ -39,13 +38,25 @@ def test_a_gate_has_what_it_needs_measured(here, qtool):
     assert all(isinstance(gate["value"], float) for gate in value["gates"])
 
 
-def test_a_size_alone_needs_no_evaluation(here, qtool):
-    outcome = qtool(*QUANTIZE, "--gate", "size<=5GB", "--eval", "none", "--json")
-    assert outcome.code == 0
+WEIGHT_FILES = {
+    "one file": (("-f", "gptq"), "model.safetensors"),
+    "parts and their index": (("-f", "gptq", "--max-shard-size", "20kB"), "*safetensors*"),
+    "GGUF": (("-f", "gguf:Q4_0"), "*.gguf"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_FILES)
+def test_a_size_is_that_of_the_weight_files_and_needs_no_evaluation(here, qtool, case):
+    flags, pattern = WEIGHT_FILES[case]
+    quantize = ("quantize", "./model", "-m", "rtn", *flags, "-o", "out", "--eval", "none")
+    outcome = qtool(*quantize, "--gate", "size<=5GB", "--json")
+    assert outcome.code == 0, outcome.err
     assert outcome.value["metrics"] == {}
-    size = outcome.value["gates"][0]["value"]
-    weights = load_file(here / "out" / "model.safetensors").values()
-    assert size == sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    files = [path.stat().st_size for path in (here / "out").glob(pattern)]
+    assert outcome.value["gates"][0]["value"] == sum(files)
+    outcome = qtool(*quantize, "--overwrite", "--gate", f"size<={sum(files) - 1}")
+    assert (outcome.code, "nothing was written" in outcome.err) == (3, True)
+    assert qtool(*quantize, "--overwrite", "--gate", f"size<={sum(files)}").code == 0
 
 
 def test_gates_of_a_recipe_hold_too_and_stand_in_the_resolved_one(here, qtool):
