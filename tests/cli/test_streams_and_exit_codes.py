@@ -87,10 +87,10 @@ def test_a_full_disk_under_stdout_is_said_in_two_lines(here, as_json):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 def test_an_interrupted_run_ends_with_130_and_is_gone_on_with(here, number):
-    tiny_model("llama", here / "deep", layers=24)
+    tiny_model("llama", here / "deep", layers=8)
     arguments = ("quantize", "./deep", "-m", "gptq", "-g", "32", "-n", "64", "-l", "128", "--json")
     process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any("block 1 of 24" in line for line in process.stderr)
+    assert any("block 1 of 8" in line for line in process.stderr)
     assert any(path.name.startswith(".deep-gptq") for path in here.iterdir())
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -98,15 +98,15 @@ def test_an_interrupted_run_ends_with_130_and_is_gone_on_with(here, number):
     assert json.loads(out)["error"]["resumable"]
     assert "Traceback" not in err
     assert "error: interrupted" in err
-    kept = int(re.search(r"run the same command to go on: (\d+) of 24 blocks", err)[1])
-    assert 1 <= kept < 24
+    kept = int(re.search(r"run the same command to go on: (\d+) of 8 blocks", err)[1])
+    assert 1 <= kept < 8
     names = sorted(path.name for path in here.iterdir())
     assert names == [".deep-gptq-w4g32.qtool", "deep", "model"]
     again = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
-    assert f"continuing: {kept} of 24 blocks are finished" in err
-    assert "block 1 of 24" not in err
+    assert f"continuing: {kept} of 8 blocks are finished" in err
+    assert "block 1 of 8" not in err
     assert sorted(path.name for path in here.iterdir()) == ["deep", "deep-gptq-w4g32", "model"]
 
 

@@ -55,11 +55,12 @@ COMMANDS = {
     ),
 }
 QUICK = {"export to safetensors"}  # the rest are slow
-# Every so many calls one is tried, beside the first and last of each kind for each file. Of
-# commands that take seconds only every so many of those, unless QTOOL_FAULTS=all: `make faults`.
+# Every so many calls one is tried, beside the first and last of each kind for each file; of those,
+# only every so many where a command takes long, unless QTOOL_FAULTS=all: `make faults`.
 STEP = 40
-WHOLE = {"rtn", "export to safetensors"}
-FEW = 1 if os.environ.get("QTOOL_FAULTS") == "all" else 15
+ALL = os.environ.get("QTOOL_FAULTS") == "all"
+FEW = {"export to safetensors": 1, "rtn": 4}
+FEWEST = 24
 BLOCKS = 2  # of the models
 
 
@@ -102,7 +103,7 @@ def results(directory):
 
 def tried(place, every=1):
     """Numbers of the calls that go wrong, one after the other."""
-    few = 1 if place.name in WHOLE else FEW
+    few = 1 if ALL else FEW.get(place.name, FEWEST)
     return sampled(place.calls, STEP)[:: every * few]
 
 
