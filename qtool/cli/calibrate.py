@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -34,6 +35,7 @@ def calibrate(
         Optional[list[Path]],  # noqa: UP045 - typer reads this at run time
         typer.Option("--merge", metavar="OTHER", help="Statistics to add. Repeatable."),
     ] = None,
+    resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -76,20 +78,22 @@ def calibrate(
         from qtool.calibration.merging import merged
         from qtool.checkpoint.untrusted import printable
         from qtool.cli.calibration_data import calibration_windows
-        from qtool.model.family import family_of
-        from qtool.pipeline.calibrate import calibrate as run
-        from qtool.pipeline.calibrate import save_statistics
+        from qtool.pipeline.calibration_run import CalibrationSettings, calibrate_to
         from qtool.recipe.sizes import parse_size
 
-        family = family_of(checkpoint.config)
         progress = terminal.progress()
         others = _others(merge or [], checkpoint, progress)
         data = calibration_windows(checkpoint, recipe, progress)
         budget = None if max_ram is None else parse_size(max_ram)
-        found = run(checkpoint, data, devices.resolve(device), progress, held_bytes=budget)
-        for other in others:
-            found = merged(found, other)
-        save_statistics(found, family.gguf_architecture, output, overwrite=overwrite)
+        settings = CalibrationSettings(devices.resolve(device), overwrite, resume, budget)
+        found = calibrate_to(
+            output,
+            checkpoint,
+            data,
+            settings,
+            progress,
+            lambda statistics: reduce(merged, others, statistics),
+        )
         result = {
             "schema": "qtool.calibrate/1",
             "ok": True,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qtool import device as devices
+from qtool.calibration.activations import HiddenStates
 from qtool.calibration.importance_repair import listed
 from qtool.calibration.moments import Moments, MomentSums
 from qtool.calibration.statistics_file import (
@@ -19,11 +20,9 @@ from qtool.calibration.statistics_file import (
     public_name,
     read_statistics,
     tensor_names,
-    write_statistics,
 )
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import PlainFile, write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import UsageError
@@ -41,6 +40,35 @@ OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
 Columns = int | tuple[int, int]
 
 
+class Finished(Protocol):
+    """Keeps what is known of the blocks that are done, for a later process."""
+
+    blocks: dict[int, Mapping[str, Moments]]  # tap name -> moments
+
+    def skip(self, index: int, hidden: HiddenStates) -> int:
+        """Move a stream in front of block `index` as far as is known; return the block in front."""
+
+    def note(self, index: int, moments: Mapping[str, Moments], hidden: HiddenStates) -> None:
+        """Keep what a block's taps read, and the stream behind it."""
+
+
+class Forgotten:
+    """Keeps nothing for a later process."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Mapping[str, Moments]] = {}
+
+    def skip(self, index: int, hidden: HiddenStates) -> int:
+        """Return the block that the stream is in front of."""
+        del hidden
+        return index
+
+    def note(self, index: int, moments: Mapping[str, Moments], hidden: HiddenStates) -> None:
+        """Hold what a block's taps read."""
+        del hidden
+        self.blocks[index] = moments
+
+
 @torch.no_grad()
 def calibrate(
     checkpoint: Checkpoint,
@@ -48,20 +76,31 @@ def calibrate(
     device: torch.device,
     progress: Progress,
     *,
+    spill: Path,
     held_bytes: int | None = None,
+    finished: Finished | None = None,
 ) -> Statistics:
     """Return mean |x| and mean x^2 of the inputs of every linear, from one streamed pass.
 
     The head's are among them: under the name of the tensor that serves as head, `output.weight`,
     or `token_embd.weight` where the embeddings do.
 
+    Args:
+        checkpoint: the model.
+        windows: what it reads.
+        device: to compute on.
+        progress: told what happens.
+        spill: directory for hidden states that do not fit in memory.
+        held_bytes: most bytes of hidden states in memory; None for what there is.
+        finished: knows the blocks that an earlier process is done with.
+
     Raises:
         UnsupportedError: the model's family is not supported.
         NumericalError: weights or activations are not finite.
     """
     family = family_of(checkpoint.config)
-    moments: dict[str, Moments] = {}
-    with TensorReader(checkpoint.refs) as reader, tempfile.TemporaryDirectory() as spill:
+    finished = finished or Forgotten()
+    with TensorReader(checkpoint.refs) as reader:
         source = DenseSource(checkpoint, reader)
         skeleton = Skeleton(
             checkpoint.config,
@@ -70,37 +109,51 @@ def calibrate(
             device=device,
         )
         n_blocks = len(skeleton.blocks)
-        progress.start("calibrating", n_blocks)
-        stream = Stream(skeleton, source, windows.ids, Path(spill), held_bytes=held_bytes)
-        for index in range(n_blocks):
-            path = skeleton.block_prefix(index).removesuffix(".")
-            for name, tensor in skeleton.load(path, source).items():
-                check_finite(f"{path}.{name}", tensor)
-            block = skeleton.blocks[index]
-            seen, _ = observe(
-                stream,
-                stream.hidden,
-                block,
-                index,
-                family.taps,
-                statistics="diagonal",
-                move_on=True,
-            )
-            for tap in family.taps:
-                check_finite(f"{path}: input of {tap.linears[0]}", seen[tap.name].diagonal)
-                moments.update({f"{path}.{linear}": seen[tap.name] for linear in tap.linears})
-            skeleton.drop(path)
-            progress.advance(f"block {index + 1} of {n_blocks}")
+        progress.start("calibrating", n_blocks, done=len(finished.blocks))
+        stream = Stream(skeleton, source, windows.ids, spill, held_bytes=held_bytes)
+        index = 0
+        while (index := finished.skip(index, stream.hidden)) < n_blocks:
+            known = index in finished.blocks
+            finished.note(index, _observed(skeleton, source, stream, index), stream.hidden)
+            if not known:
+                progress.advance(f"block {index + 1} of {n_blocks}")
+            index += 1
         head = head_inputs(skeleton, source, stream)
         progress.finish()
-    names = tensor_names(family.gguf_architecture, n_blocks, list(moments))
+    linears = {
+        f"{skeleton.block_prefix(index).removesuffix('.')}.{linear}": finished.blocks[index][
+            tap.name
+        ]
+        for index in range(n_blocks)
+        for tap in family.taps
+        for linear in tap.linears
+    }
+    names = tensor_names(family.gguf_architecture, n_blocks, list(linears))
     return Statistics(
-        {names[linear]: found for linear, found in moments.items()}
+        {names[linear]: found for linear, found in linears.items()}
         | {EMBEDDINGS if is_tied(checkpoint.config, family) else OUTPUT: head},
         tuple(public_name(source.name) for source in windows.sources),
         len(windows.ids),
         int(windows.ids.shape[1]),
     )
+
+
+def _observed(
+    skeleton: Skeleton, source: DenseSource, stream: Stream, index: int
+) -> dict[str, Moments]:
+    """Run the stream through a block; return what each tap read."""
+    family = skeleton.family
+    path = skeleton.block_prefix(index).removesuffix(".")
+    for name, tensor in skeleton.load(path, source).items():
+        check_finite(f"{path}.{name}", tensor)
+    block = skeleton.blocks[index]
+    seen, _ = observe(
+        stream, stream.hidden, block, index, family.taps, statistics="diagonal", move_on=True
+    )
+    for tap in family.taps:
+        check_finite(f"{path}: input of {tap.linears[0]}", seen[tap.name].diagonal)
+    skeleton.drop(path)
+    return seen
 
 
 def head_inputs(skeleton: Skeleton, source: DenseSource, stream: Stream) -> Moments:
@@ -129,24 +182,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not refs:
         return torch.float32
     return STORED_DTYPES[max(refs, key=lambda ref: ref.n_bytes).dtype]
-
-
-def save_statistics(
-    statistics: Statistics, architecture: str, path: Path, *, overwrite: bool
-) -> None:
-    """Write statistics; the file has its name only when it is complete.
-
-    Raises:
-        UsageError: the file exists and is not to be replaced, or is a link or a directory.
-        CapacityError: the disk is full.
-    """
-    place = PlainFile(path, overwrite=overwrite)
-    with place as directory:
-        try:
-            write_statistics(directory / place.final.name, statistics, architecture)
-        except OSError as error:
-            raise write_error(path, error) from error
-        place.commit()
 
 
 def statistics_for(

@@ -45,21 +45,43 @@ def identity_of(
     recipe.pop("model", None)  # known by its files
     found: dict[str, Any] = {
         **recipe,
-        "source": source_digests(plan.checkpoint),
+        **_surroundings(plan.checkpoint, device),
         "outputs": [output.fingerprint for output in plan.outputs],
+    }
+    if windows is not None and plan.calibrated:
+        found["calibration_tokens"] = _tokens(windows)
+    if statistics is not None:
+        found["statistics"] = {"sha256": file_digest(statistics)}
+    return found
+
+
+def calibration_identity(
+    checkpoint: Checkpoint, device: torch.device, windows: Windows
+) -> dict[str, Any]:
+    """Return nested mappings that are equal for two calibrations with the same result.
+
+    Raises:
+        DamagedError: a source file cannot be read.
+    """
+    surroundings = _surroundings(checkpoint, device)
+    return {"command": "calibrate", **surroundings, "calibration_tokens": _tokens(windows)}
+
+
+def _surroundings(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
+    return {
+        "source": source_digests(checkpoint),
         "versions": environment(),
         "device": devices.kind(device),
         "threads": devices.threads() if device.type == "cpu" else 0,
     }
-    if windows is not None and plan.calibrated:
-        found["calibration_tokens"] = {
-            "windows": len(windows.ids),
-            "length": int(windows.ids.shape[1]),
-            "sha256": windows.sha256,
-        }
-    if statistics is not None:
-        found["statistics"] = {"sha256": file_digest(statistics)}
-    return found
+
+
+def _tokens(windows: Windows) -> dict[str, Any]:
+    return {
+        "windows": len(windows.ids),
+        "length": int(windows.ids.shape[1]),
+        "sha256": windows.sha256,
+    }
 
 
 def _digest(path: Path) -> str:

@@ -52,7 +52,7 @@ class FinishedBlock:
         layers: one line for each linear.
         warnings: (code, message) that it gave.
         seconds: from the start of the run, those of earlier processes included.
-        changed: tensors that a transform rewrote; None where there are none.
+        kept: tensors that a transform rewrote, or what was measured; None where there are none.
         hidden: hidden states behind the block, by stream; empty where none are needed.
     """
 
@@ -62,7 +62,7 @@ class FinishedBlock:
     layers: tuple[LayerReport, ...]
     warnings: tuple[tuple[str, str], ...]
     seconds: Annotated[float, Field(ge=0, le=1e12)]
-    changed: StateFile | None = None
+    kept: StateFile | None = None
     hidden: Mapping[str, StateFile] = field(default_factory=dict)
 
 

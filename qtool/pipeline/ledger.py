@@ -149,7 +149,7 @@ class Ledger:
         block = self._journal.blocks.get(index)
         if block is None:
             return None
-        changed = self._states.load_changed(block.changed)
+        changed = self._states.load_tensors(block.kept)
         if changed is None or not all(map(self._fits, changed, changed.values())):
             self._journal.forget(index)
             return None
@@ -234,7 +234,9 @@ class Ledger:
             warnings=tuple(self._warnings),
             seconds=self.seconds,
             # Only a replay of the streams asks for them.
-            changed=None if quantizer is None else self._states.save_changed(index, changed),
+            kept=None
+            if quantizer is None
+            else self._states.save_tensors("changed", index, changed),
             hidden=hidden,
         )
         self._journal.note(block)

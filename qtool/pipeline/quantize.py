@@ -26,6 +26,7 @@ from qtool.pipeline.artifact import write_records
 from qtool.pipeline.blocks import BlockQuantizer, quantize_block_without_data
 from qtool.pipeline.calibrate import OUTPUT, head_inputs
 from qtool.pipeline.gguf_output import PlannedGguf
+from qtool.pipeline.identity import identity_of
 from qtool.pipeline.journal import JOURNAL
 from qtool.pipeline.ledger import Ledger
 from qtool.pipeline.linears import STORED_DTYPES
@@ -187,7 +188,8 @@ def completed(
         partials = [stack.enter_context(place) for place in places]
         work = places[0].work.path
         with LeftForALaterRun(places, work / JOURNAL, plan.n_blocks) as held:
-            held.journal = opened_journal(work / JOURNAL, plan, settings.device, calibration)
+            identity = partial(identity_of, plan, settings.device, windows, calibration.file)
+            held.journal = opened_journal(work / JOURNAL, settings.device, identity)
             for output, directory in zip(plan.outputs, partials, strict=True):
                 # A run that finished no block was perhaps another; what is not weights is redone.
                 clear(directory, but=output.working_files if held.journal.blocks else ())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 import torch
 
@@ -26,25 +26,26 @@ from qtool.errors import (
     UsageError,
     is_out_of_memory,
 )
-from qtool.pipeline.identity import identity_of
 from qtool.pipeline.journal import Journal, begun_with
 from qtool.pipeline.outputs import OutputWriter
 from qtool.pipeline.plan import Plan
 from qtool.recipe.sizes import shown_size
-
-if TYPE_CHECKING:
-    from qtool.pipeline.quantize import Calibration
 
 # Room for the small files beside the weights, and for what others write meanwhile.
 SPARE_BYTES = 16 << 20
 
 
 def opened_journal(
-    path: Path, plan: Plan, device: torch.device, calibration: Calibration
+    path: Path, device: torch.device, identity: Callable[[], Mapping[str, Any]]
 ) -> Journal:
     """Open the journal of a run, or begin one.
 
     The run goes on with as many threads as it was begun with: sums may depend on their number.
+
+    Args:
+        path: of the journal.
+        device: where the run computes.
+        identity: asked what the run is, once the number of threads is settled.
 
     Raises:
         UsageError: an unfinished run is there with other settings.
@@ -53,7 +54,7 @@ def opened_journal(
     threads = begun_with(path, "threads")
     if device.type == "cpu" and isinstance(threads, int) and 0 < threads <= 4096:
         devices.use_threads(threads)
-    return Journal(path, identity_of(plan, device, calibration.windows, calibration.file))
+    return Journal(path, identity())
 
 
 @contextlib.contextmanager
@@ -177,28 +178,46 @@ def check_space(
         needs[disk] = needs.get(disk, 0) + output.n_bytes - _taken(partial)
     if windows is not None and plan.calibrated:
         first = partials[0].stat().st_dev
-        needs[first] += max(0, state_bytes(plan, windows, device) - _taken(states))
+        streams = 2 if plan.recipe.quantize.error_propagation > 0 else 1
+        dtype = devices.compute_dtype(plan.dtype, device)
+        kept = streams * state_bytes(plan.checkpoint.config, windows, dtype)
+        needs[first] += max(0, kept - _taken(states))
     for partial in partials:
-        needed = needs.pop(partial.stat().st_dev, 0) + SPARE_BYTES
-        free = shutil.disk_usage(partial).free
-        if needed > free:
-            raise CapacityError(
-                f"the disk of {shown_path(partial.parents[1])} has {shown_size(free)} free, "
-                f"{shown_size(needed)} are needed",
-                "free some space or choose another --output",
-                resumable=True,
-            )
+        _refuse_full(partial, needs.pop(partial.stat().st_dev, 0))
 
 
-def state_bytes(plan: Plan, windows: Windows, device: torch.device) -> int:
-    """Return the most bytes that hidden states take on the disk while a run goes on.
+def check_state_space(partial: Path, states: Path, needed: int) -> None:
+    """Refuse to go on where hidden states will not have room.
 
-    Two streams, of which the old ones go when the new ones are there.
+    Args:
+        partial: where the output is written.
+        states: where hidden states are kept, on the same disk.
+        needed: bytes that they take.
+
+    Raises:
+        CapacityError: says what is needed and what is free.
     """
-    width = int(plan.checkpoint.config["hidden_size"])
-    streams = 2 if plan.recipe.quantize.error_propagation > 0 else 1
-    size = devices.compute_dtype(plan.dtype, device).itemsize
-    return 2 * streams * windows.ids.numel() * width * size
+    _refuse_full(partial, max(0, needed - _taken(states)))
+
+
+def _refuse_full(partial: Path, bytes_to_write: int) -> None:
+    needed = bytes_to_write + SPARE_BYTES
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise CapacityError(
+            f"the disk of {shown_path(partial.parents[1])} has {shown_size(free)} free, "
+            f"{shown_size(needed)} are needed",
+            "free some space or choose another --output",
+            resumable=True,
+        )
+
+
+def state_bytes(config: Mapping[str, Any], windows: Windows, dtype: torch.dtype) -> int:
+    """Return the most bytes that the hidden states of a stream take on the disk meanwhile.
+
+    The old ones go when the new ones are there.
+    """
+    return 2 * windows.ids.numel() * int(config["hidden_size"]) * dtype.itemsize
 
 
 def _taken(directory: Path) -> int:

@@ -24,7 +24,7 @@ from qtool.checkpoint.untrusted import open_regular
 from qtool.errors import DamagedError
 from qtool.pipeline.journal import StateFile
 
-MAX_CHANGED_BYTES = 1 << 30  # norms and biases of one block
+MAX_TENSOR_BYTES = 1 << 30  # of what is kept beside a block: norms, biases, moments
 
 
 class States:
@@ -76,15 +76,17 @@ class States:
                 hidden.put(index, batch)
         return True
 
-    def save_changed(self, index: int, tensors: Mapping[str, Tensor]) -> StateFile | None:
-        """Write the norms and biases that a transform rewrote in block `index`, if there are any.
+    def save_tensors(
+        self, kind: str, index: int, tensors: Mapping[str, Tensor]
+    ) -> StateFile | None:
+        """Write small tensors that belong to block `index`, if there are any.
 
         Raises:
             CapacityError, DamagedError: the disk is full or failed.
         """
         if not tensors:
             return None
-        name = f"changed-{index:05d}.safetensors"
+        name = f"{kind}-{index:05d}.safetensors"
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         try:
             self._path(name).write_bytes(content)
@@ -92,11 +94,11 @@ class States:
             raise write_error(self._directory / name, error) from error
         return StateFile(name, hashlib.sha256(content).hexdigest())
 
-    def load_changed(self, file: StateFile | None) -> Mapping[str, Tensor] | None:
-        """Return what `save_changed` wrote; None where the file is not whole."""
+    def load_tensors(self, file: StateFile | None) -> Mapping[str, Tensor] | None:
+        """Return what `save_tensors` wrote; None where the file is not whole."""
         if file is None:
             return {}
-        if not self._has_bytes(file, MAX_CHANGED_BYTES):
+        if not self._has_bytes(file, MAX_TENSOR_BYTES):
             return None
         try:
             found: dict[str, Tensor] = load_file(self._directory / file.name)

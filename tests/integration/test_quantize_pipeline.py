@@ -17,7 +17,8 @@ from qtool.formats.reading import DenseSource
 from qtool.methods.protocol import METHODS
 from qtool.model import streaming
 from qtool.model.family import FAMILIES
-from qtool.pipeline.calibrate import calibrate, save_statistics, statistics_for
+from qtool.pipeline.calibrate import statistics_for
+from qtool.pipeline.calibration_run import CalibrationSettings, calibrate_to
 from qtool.pipeline.progress import Silent
 from qtool.pipeline.quantize import Calibration, RunSettings, run_plan
 
@@ -344,8 +345,7 @@ def test_statistics_from_a_file_are_as_good_as_a_calibration(family, tmp_path):
     checkpoint = locate(str(directory))
     windows = random_windows(12, LENGTH, seed=1)
     path = tmp_path / "statistics.gguf"
-    found = calibrate(checkpoint, windows, DEVICE, Silent())
-    save_statistics(found, FAMILIES[family].gguf_architecture, path, overwrite=False)
+    calibrate_to(path, checkpoint, windows, CalibrationSettings(DEVICE), Silent())
     by_block, _ = statistics_for(path, checkpoint)
     quantize(directory, tmp_path / "file", method="awq", statistics=by_block)
     quantize(directory, tmp_path / "rtn", method="rtn", symmetric=False, clip=True)

@@ -21,7 +21,8 @@ from qtool.calibration.statistics_file import (
 from qtool.checkpoint.locate import locate
 from qtool.errors import DamagedError, UnsupportedError, UsageError
 from qtool.model.family import FAMILIES, family_of
-from qtool.pipeline.calibrate import calibrate, importance_for, save_statistics, statistics_for
+from qtool.pipeline.calibrate import importance_for, statistics_for
+from qtool.pipeline.calibration_run import CalibrationSettings, calibrate_to
 from qtool.pipeline.progress import Silent
 
 TOKENS = 40
@@ -197,21 +198,25 @@ def test_fused_linears_have_the_names_that_llama_cpp_keeps_them_under():
     }
 
 
+def calibrate_at(path, checkpoint, windows, **settings):
+    settings = CalibrationSettings(torch.device("cpu"), **settings)
+    return calibrate_to(path, checkpoint, windows, settings, Silent())
+
+
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
     """(checkpoint, statistics file) of a tiny model, calibrated once."""
     directory = tmp_path_factory.mktemp("calibrated")
     checkpoint = locate(str(tiny_model("llama", directory / "model", layers=2)))
-    found = calibrate(checkpoint, random_windows(3, 33), torch.device("cpu"), Silent())
     path = directory / "deep" / "statistics.gguf"
-    save_statistics(found, "llama", path, overwrite=False)
+    calibrate_at(path, checkpoint, random_windows(3, 33))
     return checkpoint, path
 
 
 def test_the_input_of_the_head_has_the_name_of_the_tensor_that_serves_as_head(calibrated, tmp_path):
     directory = tiny_model("llama", tmp_path / "tied", layers=1, tied=True)
     windows = random_windows(2, 17)
-    tied = calibrate(locate(str(directory)), windows, torch.device("cpu"), Silent())
+    tied = calibrate_at(tmp_path / "tied.gguf", locate(str(directory)), windows)
     assert "token_embd.weight" in tied.moments
     assert "output.weight" not in tied.moments
     untied = read_statistics(calibrated[1]).moments
@@ -219,13 +224,13 @@ def test_the_input_of_the_head_has_the_name_of_the_tensor_that_serves_as_head(ca
     assert "token_embd.weight" not in untied
 
 
-def test_no_path_of_a_text_is_written(calibrated):
+def test_no_path_of_a_text_is_written(calibrated, tmp_path):
     checkpoint, _ = calibrated
     windows = random_windows(1, 9)
     names = ("/home/somebody/secret/notes.txt", "hf:org/data:train", "builtin")
     sources = tuple(replace(windows.sources[0], name=name) for name in names)
     windows = replace(windows, sources=sources)
-    found = calibrate(checkpoint, windows, torch.device("cpu"), Silent())
+    found = calibrate_at(tmp_path / "statistics.gguf", checkpoint, windows)
     assert found.datasets == ("notes.txt", "hf:org/data:train", "builtin")
 
 
@@ -245,12 +250,12 @@ def test_statistics_find_the_taps_they_were_made_for(calibrated):
 def test_an_existing_file_is_replaced_only_when_asked(calibrated, tmp_path):
     path = tmp_path / "statistics.gguf"
     path.write_text("mine")
-    read = read_statistics(calibrated[1])
+    again = (path, calibrated[0], random_windows(3, 33))
     with pytest.raises(UsageError, match="exists"):
-        save_statistics(read, "llama", path, overwrite=False)
+        calibrate_at(*again)
     assert path.read_text() == "mine"
-    save_statistics(read, "llama", path, overwrite=True)
-    assert set(read_statistics(path).moments) == set(read.moments)
+    calibrate_at(*again, overwrite=True)
+    assert path.read_bytes() == calibrated[1].read_bytes()
 
 
 @pytest.mark.parametrize(
