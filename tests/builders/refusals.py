@@ -30,6 +30,17 @@ LIGHT = (
     "qtool.memory.shape_of_files",
     "qtool.pipeline.found_model",
 )
+WARM = (
+    "qtool.calibration.builtin",
+    "transformers.generation",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "qtool.pipeline.calibration_run",
+    "qtool.pipeline.evaluate",
+    "qtool.pipeline.export",
+    "qtool.pipeline.ladder",
+    "qtool.pipeline.quantize",
+)
 MEMORY = 12 << 30  # of address space
 HANGS = 124  # the exit code of what did not end
 
@@ -53,9 +64,14 @@ class Ended:
 
 
 class Server:
-    """The process that forks; `run` a command line on it."""
+    """The process that forks; `run` a command line on it.
 
-    def __init__(self):
+    Args:
+        warm: whether it imports torch and transformers, and reads the built-in text, once for all
+            of its children, where what they import is not what is looked at.
+    """
+
+    def __init__(self, *, warm=False):
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("QTOOL_")},
             "PYTHONPATH": str(ROOT),
@@ -63,7 +79,7 @@ class Server:
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__))],
+            [sys.executable, "-P", str(Path(__file__)), *(["warm"] if warm else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -165,6 +181,10 @@ def _serve():
         importlib.import_module(name)
     assert Path(qtool.cli.app.__file__).is_relative_to(ROOT)
     assert not set(HEAVY) & set(sys.modules)
+    if sys.argv[1:] == ["warm"]:
+        for name in WARM:
+            importlib.import_module(name)
+        sys.modules["qtool.calibration.builtin"].builtin_pieces("calibration", None)
     for line in sys.stdin:
         task = json.loads(line)
         sys.stdout.flush()

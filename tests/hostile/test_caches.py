@@ -151,7 +151,7 @@ FAILS = ("--gate", "kld<=-1")  # so that everything that was tried is kept
 
 @pytest.fixture(scope="module")
 def server():
-    found = Server()
+    found = Server(warm=True)
     yield found
     found.close()
 

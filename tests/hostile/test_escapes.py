@@ -32,7 +32,7 @@ SMALL = ("-l", "32", "-n", "2")
 
 @pytest.fixture(scope="module")
 def server():
-    found = Server()
+    found = Server(warm=True)
     yield found
     found.close()
 

@@ -36,7 +36,7 @@ EXTREMES = {
 
 @pytest.fixture(scope="module")
 def server():
-    found = Server()
+    found = Server(warm=True)
     yield found
     found.close()
 
