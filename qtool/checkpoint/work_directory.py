@@ -143,8 +143,9 @@ class WorkDirectory:
         if self._lock is not None:
             if not keep:
                 self._remove()
-            os.close(self._lock)
-            self._lock = None
+            lock, self._lock = self._lock, None
+            with contextlib.suppress(OSError):  # it is closed all the same
+                os.close(lock)
         if not keep:
             for path in reversed(self._created_parents):
                 with contextlib.suppress(OSError):  # something else is there, the result perhaps
@@ -176,8 +177,7 @@ class WorkDirectory:
             self.path.rename(trash)
         except OSError:
             trash = self.path
-        shutil.rmtree(trash, ignore_errors=True)
-        if trash.exists():  # one step failed; the next may not
+        for _ in range(2):  # where one step fails, the next may not
             shutil.rmtree(trash, ignore_errors=True)
 
     # --- giving the output its name ---------------------------------------------------------

@@ -89,6 +89,7 @@ def calibrate(
         found = run(checkpoint, data, devices.resolve(device), progress, held_bytes=budget)
         for other in others:
             found = merged(found, other)
+        checkpoint.check_unchanged()
         save_statistics(found, family.gguf_architecture, output, overwrite=overwrite)
         result = {
             "schema": "qtool.calibrate/1",

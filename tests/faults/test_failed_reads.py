@@ -1,0 +1,158 @@
+"""A disk that fails while it is read, a process without file handles, a terminal that is full."""
+
+import errno
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders.command_line import Outcome
+from builders.faults import Faults, in_fork, sampled
+from builders.interruptions import digests
+from builders.tiny_models import tiny_model
+
+from qtool.checkpoint.output import OutputFile, system_error
+from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.untrusted import open_regular
+from qtool.cli.app import run
+from qtool.errors import CapacityError, DamagedError, is_out_of_memory
+
+EXPORT = ("export", "model", "-f", "safetensors:F32", "-o", "out")
+EVERY = 40  # of the reads, beside the first and last of each file
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", tmp_path / "model", hidden=64, intermediate=128, dtype=torch.bfloat16)
+    return tmp_path
+
+
+@pytest.fixture
+def qtool(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        return Outcome(run([*map(str, arguments)]), *capsys.readouterr())
+
+    return call
+
+
+def test_a_broken_disk_at_any_read_is_said_with_the_file(here, qtool):
+    before = digests(here / "model")
+    with Faults(here, reads=True) as faults:
+        assert qtool(*EXPORT).code == 0
+    whole = digests(here / "out")
+    calls = faults.calls
+    assert {call.kind for call in calls} == {"read", "list"}
+    (here / "out").rename(here / "whole")
+    for number in sampled(calls, EVERY):
+        at = (number, calls[number - 1])
+        with Faults(here, number, error=errno.EIO, reads=True):
+            outcome = qtool(*EXPORT)
+        if outcome.code == 0:  # in what is removed at the end
+            assert digests(here / "out") == whole, at
+            (here / "out").rename(here / f"out{number}")
+            continue
+        assert outcome.code == 6, (at, outcome)
+        error = next(line for line in outcome.err.splitlines() if line.startswith("error:"))
+        assert "Input/output error" in error, (at, outcome)
+        # A directory that is listed on the way may be told of by what lies in it.
+        name = Path(calls[number - 1].path).name
+        assert name in error or calls[number - 1].kind == "list", (at, outcome)
+        assert not (here / "out").exists(), at
+    assert digests(here / "model") == before
+
+
+def test_what_the_kernel_cannot_read_has_its_name_in_the_refusal():
+    said = "cannot read /proc/self/mem: Input/output error"  # nothing is mapped at address 0
+    with open_regular(Path("/proc/self/mem"))[0] as file, pytest.raises(DamagedError, match=said):
+        file.read(8)
+
+
+@pytest.mark.parametrize("spare", [1, 2, 3, 5])
+def test_a_process_that_may_open_no_more_files_does_not_fit(here, qtool, spare):
+    said = here / "said"
+
+    def work():
+        open_now = len(list(Path("/proc/self/fd").iterdir()))
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + spare - 1, hard))
+        outcome = qtool(*EXPORT)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        said.write_text(outcome.err)
+        return outcome.code
+
+    code = in_fork(work)
+    assert code in {0, 4}, said.read_text()
+    assert code == 0 or "Too many open files" in said.read_text()
+    assert code == 4 or spare > 1
+    assert (here / "out").exists() == (code == 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_stderr_that_takes_no_more_costs_neither_result_nor_exit_code(here, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert run([*EXPORT]) == 0
+        assert run([*EXPORT]) == 2  # it is there now
+    assert (here / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(path.read_bytes()),
+        lambda path: path.unlink(),
+        lambda path: os.truncate(path, 1000),
+    ],
+    ids=["rewritten", "removed", "cut short"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_nothing_is_made_from_a_model_that_changes_meanwhile(
+    here, qtool, monkeypatch, name, change
+):
+    read, left = TensorReader.read, [here / "model" / name]
+
+    def changing(self, tensor):
+        found = read(self, tensor)
+        if left and tensor.endswith("0.mlp.down_proj.weight"):
+            change(left.pop())
+        return found
+
+    monkeypatch.setattr(TensorReader, "read", changing)
+    outcome = qtool(*EXPORT)
+    assert outcome.code == 6, outcome
+    assert name in outcome.err
+    assert sorted(path.name for path in here.iterdir()) == ["model"]
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path, qtool):
+    def work():
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+        outcome = qtool("inspect", tmp_path)
+        return 0 if outcome.code == 2 and "working directory" in outcome.err else 1
+
+    assert in_fork(work) == 0
+
+
+def test_a_result_that_somebody_removed_is_missed(tmp_path):
+    place = OutputFile(tmp_path / "x.gguf")
+    with place, pytest.raises(DamagedError, match=r"x\.gguf.*No such file"):
+        place.commit()
+
+
+def test_what_a_library_in_rust_says_of_the_system_is_known():
+    refusal = system_error(Exception("Too many open files (os error 24)"))
+    assert isinstance(refusal, CapacityError)
+    assert "Too many open files" in refusal.message
+    assert system_error(Exception("something else")) is None
+
+
+def test_what_a_library_says_without_memory_is_known():
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
