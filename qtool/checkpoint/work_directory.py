@@ -142,6 +142,8 @@ class WorkDirectory:
         """Unlock it, and unless `keep` remove it and the parents that were made for it."""
         if self._lock is not None:
             if not keep:
+                with contextlib.suppress(OSError):  # a second interrupt came in between
+                    self._put_back()
                 self._remove()
             lock, self._lock = self._lock, None
             with contextlib.suppress(OSError):  # it is closed all the same
@@ -249,9 +251,7 @@ class WorkDirectory:
         finished, pending = self._finished(), self.pending()
         for name in pending:
             self.take_back(name)
-        aside = self.path / REPLACED
-        if aside.exists() and not self._final.exists():
-            aside.rename(self._final)
+        self._put_back()
         if finished:
             self.empty()  # finished: only this directory was not removed
         (self.path / MARKER).unlink(missing_ok=True)
@@ -270,13 +270,18 @@ class WorkDirectory:
             return
         if exchange(self.result, final):
             return
-        aside = self.path / REPLACED
-        final.rename(aside)
         try:
+            final.rename(self.path / REPLACED)
             self.result.rename(final)
-        except OSError:
-            aside.rename(final)
+        except (OSError, KeyboardInterrupt):
+            self._put_back()
             raise
+
+    def _put_back(self) -> None:
+        """Give a result that was to be replaced its name again, where nothing has it now."""
+        aside = self.path / REPLACED
+        if aside.exists() and not self._final.exists():
+            aside.rename(self._final)
 
     def take_back(self, name: str) -> None:
         """Undo `give`, or the move of a single file of the result.

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from builders.faults import Faults, in_fork, sampled
 from builders.interruptions import digests
 from builders.tiny_models import tiny_model
 
-from qtool.checkpoint.output import OutputFile, system_error
+from qtool.checkpoint import work_directory
+from qtool.checkpoint.output import OutputDirectory, OutputFile, system_error
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.untrusted import open_regular
 from qtool.cli.app import run
@@ -139,6 +141,32 @@ def test_a_working_directory_that_is_gone_is_said(tmp_path, qtool):
         return 0 if outcome.code == 2 and "working directory" in outcome.err else 1
 
     assert in_fork(work) == 0
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_interrupt_loses_no_old_result_where_directories_cannot_be_swapped(
+    tmp_path, monkeypatch, times
+):
+    monkeypatch.setattr(work_directory, "exchange", lambda one, other: False)
+
+    def replaced(at):
+        final = tmp_path / f"{times}-{at}"
+        final.mkdir()
+        (final / "config.json").write_text("old")
+        with Faults(tmp_path, at, number=signal.SIGINT, after=True, times=times) as faults:
+            place = OutputDirectory(final, overwrite=True)
+            try:
+                with place as directory:
+                    (directory / "config.json").write_text("new")
+                    place.commit()
+            except KeyboardInterrupt:
+                pass
+        assert (final / "config.json").read_text() in {"old", "new"}, faults.calls[at - 1 :]
+        return len(faults.calls)
+
+    for at in range(replaced(0) + 1):
+        if at:
+            replaced(at)
 
 
 def test_a_result_that_somebody_removed_is_missed(tmp_path):
