@@ -341,6 +341,11 @@ def check_output_file(
     if final.is_symlink():
         raise UsageError(f"the output {shown} is a link", "give the file it points to")
     final = final.parent.resolve() / final.name
+    longest = max(OutputFile.COMPANIONS, key=len)
+    try:  # a name that is too long is known now, not when the work is done
+        final.with_name(f"{final.stem}.{longest}").exists()
+    except OSError as error:
+        raise write_error(final, error) from error
     parts = _parts_of(final)
     for source in sources:
         if final == source.resolve() or {source.absolute(), source.resolve()} & set(parts):

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,7 +79,7 @@ class _NamedFile(io.FileIO):
             return super().readall()
 
     def close(self) -> None:
-        with reading(self._path):
+        with suppress(OSError):  # nothing was written: all that it could say is known
             super().close()
 
 

@@ -87,9 +87,15 @@ class WorkDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"{shown_path(self.path)} is not a directory", "remove it")
             self.path.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # removed by who just finished
+            try:
                 if self._locked():
                     return
+            except FileNotFoundError:  # removed by who just finished
+                continue
+            except OSError:  # no room for the lock
+                with contextlib.suppress(OSError):  # somebody else's, who has one
+                    self.path.rmdir()
+                raise
         raise UsageError(f"others keep removing {shown_path(self.path)}", "choose another --output")
 
     def _locked(self) -> bool:

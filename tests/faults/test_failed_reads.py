@@ -19,7 +19,8 @@ from qtool.checkpoint.output import OutputDirectory, OutputFile, system_error
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.untrusted import open_regular
 from qtool.cli.app import run
-from qtool.errors import CapacityError, DamagedError, is_out_of_memory
+from qtool.errors import CapacityError, DamagedError, UsageError, is_out_of_memory
+from qtool.pipeline.journal import Journal
 
 EXPORT = ("export", "model", "-f", "safetensors:F32", "-o", "out")
 EVERY = 40  # of the reads, beside the first and last of each file
@@ -131,6 +132,26 @@ def test_nothing_is_made_from_a_model_that_changes_meanwhile(
     assert sorted(path.name for path in here.iterdir()) == ["model"]
 
 
+def test_a_run_whose_model_changes_keeps_its_blocks_and_goes_on(here, qtool, monkeypatch):
+    rtn = ("quantize", "model", "-m", "rtn", "-g", "32", "--eval", "none", "-o")
+    assert qtool(*rtn, "whole").code == 0
+    note, left = Journal.note, [here / "model" / "model.safetensors"]
+
+    def noted(self, block):
+        note(self, block)
+        while left:
+            path = left.pop()
+            path.write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(Journal, "note", noted)
+    outcome = qtool(*rtn, "out")
+    assert outcome.code == 6, outcome
+    assert "model.safetensors was changed while qtool worked" in outcome.err
+    assert "1 of 2 blocks are kept" in outcome.err
+    assert "continuing: 1 of 2" in qtool(*rtn, "out").err
+    assert digests(here / "out") == digests(here / "whole")
+
+
 def test_a_working_directory_that_is_gone_is_said(tmp_path, qtool):
     def work():
         gone = tmp_path / "gone"
@@ -167,6 +188,21 @@ def test_an_interrupt_loses_no_old_result_where_directories_cannot_be_swapped(
     for at in range(replaced(0) + 1):
         if at:
             replaced(at)
+
+
+def test_a_name_too_long_for_what_lies_beside_the_result_is_refused_at_once(tmp_path):
+    with pytest.raises(UsageError, match="File name too long"):
+        OutputFile(tmp_path / ("n" * 240 + ".gguf"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_directory_that_cannot_be_locked_is_not_left(tmp_path):
+    with Faults(tmp_path) as faults, OutputDirectory(tmp_path / "out"):
+        pass
+    lock = next(at for at, call in enumerate(faults.calls, 1) if call.path.endswith("/lock"))
+    with Faults(tmp_path, lock, error=errno.ENOSPC), pytest.raises(CapacityError):
+        OutputDirectory(tmp_path / "out").__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_that_somebody_removed_is_missed(tmp_path):
