@@ -306,7 +306,9 @@ class WorkDirectory:
                 aside.rename(given)
             return
         self.result.mkdir(exist_ok=True)
-        given.rename(self.result / name)
+        old = [self.result / name, self.result / name.removeprefix(f"{self._final.stem}.")]
+        if not any(path.exists() and exchange(path, given) for path in old):
+            given.rename(self.result / name)
 
 
 def exchange(one: Path, other: Path) -> bool:

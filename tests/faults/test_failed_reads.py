@@ -1,5 +1,6 @@
 """A disk that fails while it is read, a process without file handles, a terminal that is full."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -194,6 +195,31 @@ def test_a_name_too_long_for_what_lies_beside_the_result_is_refused_at_once(tmp_
     with pytest.raises(UsageError, match="File name too long"):
         OutputFile(tmp_path / ("n" * 240 + ".gguf"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_or_failure_loses_no_old_file_of_a_model(tmp_path):
+    names = ("x.gguf", "x.Modelfile", "x.qtool-recipe.yaml")
+
+    def replaced(at, **wrong):
+        base = tmp_path / f"{at}-{len(wrong)}"
+        base.mkdir()
+        for name in names:
+            (base / name).write_text("old")
+        with Faults(base, at, **wrong) as faults:
+            place = OutputFile(base / "x.gguf", overwrite=True)
+            with contextlib.suppress(KeyboardInterrupt, OSError, DamagedError), place as directory:
+                for name in names:
+                    path = directory / (name if name == "x.gguf" else name.removeprefix("x."))
+                    path.write_text("new")
+                place.commit()
+        assert {(base / name).read_text() for name in names} in ({"old"}, {"new"}), faults.calls[
+            at - 1 :
+        ]
+        return len(faults.calls)
+
+    for at in range(1, replaced(0) + 1):
+        replaced(at, number=signal.SIGINT, after=True)
+        replaced(at, error=errno.EIO)
 
 
 def test_a_work_directory_that_cannot_be_locked_is_not_left(tmp_path):
