@@ -186,7 +186,8 @@ class WorkDirectory:
         except OSError:
             trash = self.path
         for _ in range(2):  # where one step fails, the next may not
-            shutil.rmtree(trash, ignore_errors=True)
+            with contextlib.suppress(OSError):  # an interrupt can have it close a directory twice
+                shutil.rmtree(trash, ignore_errors=True)
 
     # --- giving the output its name ---------------------------------------------------------
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -220,6 +221,22 @@ def test_an_interrupt_or_failure_loses_no_old_file_of_a_model(tmp_path):
     for at in range(1, replaced(0) + 1):
         replaced(at, number=signal.SIGINT, after=True)
         replaced(at, error=errno.EIO)
+
+
+def test_an_interrupt_while_the_work_directory_goes_is_no_failure_of_the_disk(
+    tmp_path, monkeypatch
+):
+    def interrupted(path, *, ignore_errors):
+        assert path.exists()
+        assert ignore_errors
+        os.close(-1)  # as rmtree does where an interrupt comes behind its own closing
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    place = OutputDirectory(tmp_path / "out")
+    with place as directory:
+        (directory / "config.json").write_text("{}")
+        place.commit()
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_work_directory_that_cannot_be_locked_is_not_left(tmp_path):
