@@ -37,6 +37,8 @@ def system_error(error: Exception) -> QtoolError | None:
     None where it is something else. Libraries written in Rust tell the number in their text.
     """
     told = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return CapacityError("the system gives this process no more threads", GET_MORE)
     if not isinstance(error, OSError) and told:
         error = OSError(int(told[1]), os.strerror(int(told[1])))
     if not isinstance(error, OSError) or error.errno is None:

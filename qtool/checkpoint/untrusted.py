@@ -21,7 +21,7 @@ SMALL_JSON_BYTES = 8 << 20
 GET_AGAIN = "download or copy the model again"
 
 # What the system has too little of for one process or for all.
-SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 GET_MORE = "raise the limits of this process (ulimit -a), or close other programs"
 
 

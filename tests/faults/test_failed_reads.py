@@ -261,5 +261,14 @@ def test_what_a_library_in_rust_says_of_the_system_is_known():
     assert system_error(Exception("something else")) is None
 
 
+@pytest.mark.parametrize(
+    "error",
+    [BlockingIOError(errno.EAGAIN, "no process"), RuntimeError("can't start new thread")],
+    ids=["process", "thread"],
+)
+def test_too_few_processes_or_threads_do_not_fit(error):
+    assert isinstance(system_error(error), CapacityError)
+
+
 def test_what_a_library_says_without_memory_is_known():
     assert is_out_of_memory(RuntimeError("std::bad_alloc"))
