@@ -17,7 +17,7 @@ from types import TracebackType
 
 from qtool.checkpoint.gguf_split import model_stem
 from qtool.checkpoint.untrusted import GET_MORE, SCARCE, shown_path
-from qtool.checkpoint.work_directory import WorkDirectory, exchange, sync
+from qtool.checkpoint.work_directory import WorkDirectory, sync
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 
 # What makes a directory look like a model, so that --overwrite may replace it.
@@ -258,10 +258,7 @@ class OutputFile(OutputDirectory):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.partial))
         replaced = {*_parts_of(self.final), self.final}
         for name, path in self.names().items():
-            target = self.final.with_name(name)
-            # Where the last step fails the old one gets its name back.
-            if not target.exists() or not exchange(path, target):
-                path.rename(target)
+            self.work.give_file(path, name)
         for path in replaced - {self.final.with_name(part.name) for part in parts}:
             path.unlink(missing_ok=True)  # else two models would share the name
         sync(self.final.parent)

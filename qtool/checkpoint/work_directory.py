@@ -284,6 +284,18 @@ class WorkDirectory:
             self._put_back()
             raise
 
+    def give_file(self, path: Path, name: str) -> None:
+        """Give one file of the result a name beside this directory.
+
+        What has the name now takes the file's place, so that `take_back` can undo it.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        final = self._final.with_name(name)
+        if not final.exists() or not exchange(path, final):
+            path.rename(final)
+
     def _put_back(self) -> None:
         """Give a result that was to be replaced its name again, where nothing has it now."""
         aside = self.path / REPLACED
