@@ -6,8 +6,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -50,7 +51,9 @@ class Terminal:
         self.quiet = quiet
         self.show_progress = show_progress and not quiet
         self.answered = False  # whether a result was printed
-        self.err = _Messages(stderr=True, highlight=False, markup=False, emoji=False)
+        # None where whoever started us closed it: rich then writes nowhere.
+        file: Any = None if sys.stderr is None else _Stderr()
+        self.err = Console(file=file, stderr=True, highlight=False, markup=False, emoji=False)
         self._progress: TerminalProgress | None = None
 
     def result(self, value: Mapping[str, Any], shown: RenderableType) -> None:
@@ -89,11 +92,27 @@ class Terminal:
             self._progress.clear()
 
 
-class _Messages(Console):
-    """Stderr: when its reader has gone the work goes on, and nobody is told."""
+class _Stderr:
+    """Stderr that never fails: without a reader or on a full disk the work goes on, untold."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            sys.stderr.flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            discard(sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def _rendered(shown: RenderableType) -> str:
@@ -123,9 +142,9 @@ def _write_out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough: that is no failure of ours
-        discard_stdout()
+        discard(sys.stdout)
     except OSError as error:
-        discard_stdout()
+        discard(sys.stdout)
         raise CapacityError(
             f"cannot write the result to stdout: {error.strerror}",
             "free some space, or send stdout elsewhere; the work itself is done",
@@ -138,12 +157,12 @@ def finish_stdout() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        discard_stdout()
+        discard(sys.stdout)
 
 
-def discard_stdout() -> None:
-    """Send what is still buffered for stdout nowhere, so that closing it cannot fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard(stream: TextIO) -> None:
+    """Send what is still buffered for a stream nowhere, so that closing it cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable_line(text: str) -> str:

@@ -66,7 +66,12 @@ class CapacityError(QtoolError):
 
 
 # How torch words it; its own error type would have to be imported.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "std::bad_alloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

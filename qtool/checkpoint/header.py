@@ -21,6 +21,7 @@ from qtool.checkpoint.untrusted import (
     parse_json_object,
     present,
     printable,
+    read_error,
     read_json_object,
     shown_path,
 )
@@ -287,8 +288,10 @@ def refuse_link_out(path: Path, directory: Path) -> None:
     """
     try:
         target, home = path.resolve(strict=True), directory.resolve()
-    except (OSError, RuntimeError) as error:
+    except (FileNotFoundError, RuntimeError) as error:  # or a loop
         raise DamagedError(f"{shown_path(path)} is a link to nothing", GET_AGAIN) from error
+    except OSError as error:
+        raise read_error(path, error) from error
     # The hub's cache keeps files in models--x/blobs and links to them from models--x/snapshots/y.
     in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(
         "models--"

@@ -6,10 +6,11 @@ otherwise decide how much memory somebody else's library asks for.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from qtool.checkpoint.header import (
     read_header,
     refuse_link_out,
 )
-from qtool.checkpoint.untrusted import GET_AGAIN, printable, read_json_object, shown_path
+from qtool.checkpoint.untrusted import (
+    GET_AGAIN,
+    printable,
+    read_error,
+    read_json_object,
+    shown_path,
+)
 from qtool.errors import DamagedError, UnsupportedError, UsageError
 
 CONFIG_FILE = "config.json"
@@ -92,6 +99,28 @@ class Checkpoint:
     refs: Mapping[str, TensorRef]
     extra_files: tuple[Path, ...]  # absolute; to be copied byte for byte, relative to `path`
     gguf: tuple[GgufContents, ...] = ()  # its parts where it is a GGUF file; then no config
+    # File -> what would be another if somebody put other bytes there; files on the hub have none.
+    marks: Mapping[Path, tuple[int, ...]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        files = {ref.file for ref in self.refs.values()} | set(self.extra_files)
+        found = {path: _mark(path) for path in sorted({*files, self.path / CONFIG_FILE})}
+        marks = {path: mark for path, mark in found.items() if mark is not None}
+        object.__setattr__(self, "marks", marks)
+
+    def check_unchanged(self) -> None:
+        """Refuse what would be made from two models, when a file is not the one it was any more.
+
+        Raises:
+            DamagedError: names the file that was changed, replaced or removed since it was opened.
+        """
+        for path, mark in self.marks.items():
+            if _mark(path) != mark:
+                raise DamagedError(
+                    f"{shown_path(path)} was changed while qtool worked",
+                    "put back the file that was there when qtool started, or start over",
+                    resumable=True,
+                )
 
     @property
     def total_bytes(self) -> int:
@@ -237,6 +266,14 @@ def _absurd(path: Path, key: str, value: object, expected: str) -> DamagedError:
     return DamagedError(f"{shown_path(path)}: {key} is {shown}, not {expected}", GET_AGAIN)
 
 
+def _mark(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def extra_files(directory: Path) -> tuple[Path, ...]:
     """List the files beside the weights that a copy of the model keeps, byte for byte.
 
@@ -250,7 +287,7 @@ def extra_files(directory: Path) -> tuple[Path, ...]:
         for path in sorted(found)
         if not any(fnmatch.fnmatch(path.name, p) for p in DROPPED_PATTERNS)
         and path.suffix.lower() not in CODE_SUFFIXES
-        and _is_file(path)
+        and path.is_file()  # False for a loop of links
     ]
     for path in kept:
         refuse_link_out(path, directory)
@@ -264,13 +301,6 @@ def extra_files(directory: Path) -> tuple[Path, ...]:
     return tuple(kept)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a loop of links
-        return False
-
-
 def _open_directory(
     directory: Path, source: str, refs: Mapping[str, TensorRef] | None = None
 ) -> Checkpoint:
@@ -278,10 +308,8 @@ def _open_directory(
         refs = checkpoint_refs(directory) if refs is None else refs
         config = read_config(directory)
         extra = extra_files(directory)
-    except PermissionError as error:
-        raise DamagedError(
-            f"cannot read {shown_path(directory)}: {error.strerror}", "check its permissions"
-        ) from error
+    except OSError as error:
+        raise read_error(Path(error.filename or directory), error) from error
     return Checkpoint(directory, directory.name, source, None, config, refs, extra)
 
 
@@ -314,8 +342,12 @@ def _open_file(path: Path, source: str, *, headers_only: bool, gguf: bool) -> Ch
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long, a zero byte
+    except ValueError:  # a zero byte
         return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise read_error(path, error) from error
 
 
 def _looks_like_a_path(model: str) -> bool:

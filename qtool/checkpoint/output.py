@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from qtool.checkpoint.gguf_split import model_stem
-from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.untrusted import GET_MORE, SCARCE, shown_path
 from qtool.checkpoint.work_directory import WorkDirectory, sync
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 
@@ -26,9 +28,32 @@ FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, er
 
 def write_error(path: Path, error: OSError) -> QtoolError:
     """Return the refusal that tells a user why `path` could not be written."""
-    message = f"cannot write {shown_path(path)}: {error.strerror or error}"
+    return _refusal(f"cannot write {shown_path(path)}", error)
+
+
+def system_error(error: Exception) -> QtoolError | None:
+    """Return the refusal for a failure of the system of which only the error itself is known.
+
+    None where it is something else. Libraries written in Rust tell the number in their text.
+    """
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return CapacityError("the system gives this process no more threads", GET_MORE)
+    if not isinstance(error, OSError) and told:
+        error = OSError(int(told[1]), os.strerror(int(told[1])))
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    named = isinstance(error.filename, str | bytes)
+    shown = shown_path(Path(os.fsdecode(error.filename))) if named else "a file"
+    return _refusal(f"cannot read or write {shown}", error)
+
+
+def _refusal(what: str, error: OSError) -> QtoolError:
+    message = f"{what}: {error.strerror or error}"
     if error.errno in FULL_DISK:
         return CapacityError(message, "free some space or choose another --output", resumable=True)
+    if error.errno in SCARCE:
+        return CapacityError(message, GET_MORE, resumable=True)
     if error.errno in FORBIDDEN:
         return UsageError(message, "choose another --output, one that you may write to")
     return DamagedError(message, "check the disk, or choose another --output", resumable=True)
@@ -229,9 +254,11 @@ class OutputFile(OutputDirectory):
         """Give every file its name; return what opens the result."""
         self._checked(self.final)
         parts = self._parts()
+        if not parts:  # somebody removed it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.partial))
         replaced = {*_parts_of(self.final), self.final}
         for name, path in self.names().items():
-            path.rename(self.final.with_name(name))
+            self.work.give_file(path, name)
         for path in replaced - {self.final.with_name(part.name) for part in parts}:
             path.unlink(missing_ok=True)  # else two models would share the name
         sync(self.final.parent)
@@ -316,6 +343,11 @@ def check_output_file(
     if final.is_symlink():
         raise UsageError(f"the output {shown} is a link", "give the file it points to")
     final = final.parent.resolve() / final.name
+    longest = max(OutputFile.COMPANIONS, key=len)
+    try:  # a name that is too long is known now, not when the work is done
+        final.with_name(f"{final.stem}.{longest}").exists()
+    except OSError as error:
+        raise write_error(final, error) from error
     parts = _parts_of(final)
     for source in sources:
         if final == source.resolve() or {source.absolute(), source.resolve()} & set(parts):

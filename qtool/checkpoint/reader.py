@@ -9,6 +9,7 @@ it is read would kill the process instead of raising an error.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +22,14 @@ from torch import Tensor
 
 from qtool.checkpoint.gguf_header import is_gguf
 from qtool.checkpoint.header import TensorRef
-from qtool.checkpoint.untrusted import GET_AGAIN, open_regular, printable, shown_path
-from qtool.errors import DamagedError, NumericalError, UnsupportedError
+from qtool.checkpoint.untrusted import GET_AGAIN, GET_MORE, open_regular, printable, shown_path
+from qtool.errors import (
+    CapacityError,
+    DamagedError,
+    NumericalError,
+    UnsupportedError,
+    is_out_of_memory,
+)
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -161,11 +168,16 @@ class TensorReader:
             while filled < len(buffer):
                 got = os.preadv(descriptor, [buffer[filled:]], position + filled)
                 if not got:
-                    raise DamagedError(f"{_where(ref)} is cut short: the file ends", GET_AGAIN)
+                    # It had all its bytes when the run began, and may have them again.
+                    raise DamagedError(
+                        f"{_where(ref)} is cut short: the file ends", GET_AGAIN, resumable=True
+                    )
                 filled += got
         except OSError as error:
             raise DamagedError(
-                f"{_where(ref)} cannot be read: {error.strerror}", "check the disk, or " + GET_AGAIN
+                f"{_where(ref)} cannot be read: {error.strerror}",
+                "check the disk, or " + GET_AGAIN,
+                resumable=True,
             ) from error
 
     def _file(self, path: Path) -> BinaryIO:
@@ -185,10 +197,15 @@ def _ask_the_library(path: Path) -> None:
     try:
         with safe_open(path, "pt"):
             pass
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(
-            f"{shown_path(path)} is not a valid safetensors file: {printable(error)}", GET_AGAIN
-        ) from error
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        where, said = shown_path(path), printable(error)
+        if os.strerror(errno.EMFILE) in str(error):
+            raise CapacityError(f"cannot read {where}: {said}", GET_MORE, resumable=True) from error
+        if not isinstance(error, SafetensorError):
+            raise DamagedError(f"cannot read {where}: {said}", GET_AGAIN, resumable=True) from error
+        raise DamagedError(f"{where} is not a valid safetensors file: {said}", GET_AGAIN) from error
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

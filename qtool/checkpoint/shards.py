@@ -24,6 +24,7 @@ from torch import Tensor
 from qtool.checkpoint.header import DTYPE_BYTES, INDEX_FILE, LENGTH_BYTES, SINGLE_FILE, TensorRef
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import CHUNK_BYTES, DTYPE_NAMES, TensorReader, tensor_bytes
+from qtool.checkpoint.untrusted import open_regular
 from qtool.checkpoint.work_directory import sync
 from qtool.checkpoint.written_tensors import Place, WrittenTensors
 
@@ -273,9 +274,13 @@ class ShardWriter:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, reading 16 MiB at a time."""
+    """Return the SHA-256 of a file in hexadecimal, reading 16 MiB at a time.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path)[0] as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qtool.errors import DamagedError, QtoolError
+from qtool.errors import CapacityError, DamagedError, QtoolError
 
 MAX_SHOWN_CHARACTERS = 200
 # Below this a JSON text cannot blow up into more than some hundred megabytes of Python objects.
 SMALL_JSON_BYTES = 8 << 20
 
 GET_AGAIN = "download or copy the model again"
+
+# What the system has too little of for one process or for all.
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+GET_MORE = "raise the limits of this process (ulimit -a), or close other programs"
 
 
 def printable(text: object) -> str:
@@ -33,26 +40,71 @@ def shown_path(path: Path) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
+def read_error(path: Path, error: OSError) -> QtoolError:
+    """Return the refusal that tells a user why `path` could not be read."""
+    message = f"cannot read {shown_path(path)}: {error.strerror or error}"
+    if error.errno in SCARCE:
+        return CapacityError(message, GET_MORE, resumable=True)
+    if error.errno == errno.EACCES:
+        return DamagedError(message, "check the path and its permissions", resumable=True)
+    return DamagedError(message, "check the disk, the path and its permissions", resumable=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a failure of the system while `path` is read into a refusal that names it.
+
+    Raises:
+        DamagedError, CapacityError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise read_error(path, error) from error
+
+
+class _NamedFile(io.FileIO):
+    """A file whose failed reads name it; Python's own know only the number of the error."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int | None:
+        with reading(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with reading(self._path):
+            return super().readall()
+
+    def close(self) -> None:
+        with suppress(OSError):  # nothing was written: all that it could say is known
+            super().close()
+
+
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
-    """Open a file for reading and return it with its size in bytes.
+    """Open a file for reading and return it with its size in bytes; failed reads name the file.
 
     Raises:
         DamagedError: absent, unreadable, or something other than a file, such as a pipe that
             would block for ever.
+        CapacityError: the process may open no more files.
     """
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise DamagedError(f"{shown_path(path)} is not a file", GET_AGAIN)
-        file = path.open("rb")
+        file = io.BufferedReader(_NamedFile(path))
+        return file, os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise DamagedError(f"{shown_path(path)} is missing", GET_AGAIN) from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+    except OSError as error:
+        raise read_error(path, error) from error
+    except ValueError as error:
         raise DamagedError(
-            f"cannot read {shown_path(path)}: {reason}", "check the path and its permissions"
+            f"cannot read {shown_path(path)}: not a valid path", "check the path"
         ) from error
-    return file, path.stat().st_size
 
 
 def present(path: Path) -> bool:

@@ -87,9 +87,15 @@ class WorkDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"{shown_path(self.path)} is not a directory", "remove it")
             self.path.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # removed by who just finished
+            try:
                 if self._locked():
                     return
+            except FileNotFoundError:  # removed by who just finished
+                continue
+            except OSError:  # no room for the lock
+                with contextlib.suppress(OSError):  # somebody else's, who has one
+                    self.path.rmdir()
+                raise
         raise UsageError(f"others keep removing {shown_path(self.path)}", "choose another --output")
 
     def _locked(self) -> bool:
@@ -142,9 +148,12 @@ class WorkDirectory:
         """Unlock it, and unless `keep` remove it and the parents that were made for it."""
         if self._lock is not None:
             if not keep:
+                with contextlib.suppress(OSError):  # a second interrupt came in between
+                    self._put_back()
                 self._remove()
-            os.close(self._lock)
-            self._lock = None
+            lock, self._lock = self._lock, None
+            with contextlib.suppress(OSError):  # it is closed all the same
+                os.close(lock)
         if not keep:
             for path in reversed(self._created_parents):
                 with contextlib.suppress(OSError):  # something else is there, the result perhaps
@@ -176,9 +185,9 @@ class WorkDirectory:
             self.path.rename(trash)
         except OSError:
             trash = self.path
-        shutil.rmtree(trash, ignore_errors=True)
-        if trash.exists():  # one step failed; the next may not
-            shutil.rmtree(trash, ignore_errors=True)
+        for _ in range(2):  # where one step fails, the next may not
+            with contextlib.suppress(OSError):  # an interrupt can have it close a directory twice
+                shutil.rmtree(trash, ignore_errors=True)
 
     # --- giving the output its name ---------------------------------------------------------
 
@@ -249,9 +258,7 @@ class WorkDirectory:
         finished, pending = self._finished(), self.pending()
         for name in pending:
             self.take_back(name)
-        aside = self.path / REPLACED
-        if aside.exists() and not self._final.exists():
-            aside.rename(self._final)
+        self._put_back()
         if finished:
             self.empty()  # finished: only this directory was not removed
         (self.path / MARKER).unlink(missing_ok=True)
@@ -270,13 +277,30 @@ class WorkDirectory:
             return
         if exchange(self.result, final):
             return
-        aside = self.path / REPLACED
-        final.rename(aside)
         try:
+            final.rename(self.path / REPLACED)
             self.result.rename(final)
-        except OSError:
-            aside.rename(final)
+        except (OSError, KeyboardInterrupt):
+            self._put_back()
             raise
+
+    def give_file(self, path: Path, name: str) -> None:
+        """Give one file of the result a name beside this directory.
+
+        What has the name now takes the file's place, so that `take_back` can undo it.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        final = self._final.with_name(name)
+        if not final.exists() or not exchange(path, final):
+            path.rename(final)
+
+    def _put_back(self) -> None:
+        """Give a result that was to be replaced its name again, where nothing has it now."""
+        aside = self.path / REPLACED
+        if aside.exists() and not self._final.exists():
+            aside.rename(self._final)
 
     def take_back(self, name: str) -> None:
         """Undo `give`, or the move of a single file of the result.
@@ -295,7 +319,9 @@ class WorkDirectory:
                 aside.rename(given)
             return
         self.result.mkdir(exist_ok=True)
-        given.rename(self.result / name)
+        old = [self.result / name, self.result / name.removeprefix(f"{self._final.stem}.")]
+        if not any(path.exists() and exchange(path, given) for path in old):
+            given.rename(self.result / name)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.calibration.datasets import DatasetSpec, from_recipe, parse_dataset
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.untrusted import printable, shown_path
-from qtool.errors import DamagedError
+from qtool.checkpoint.untrusted import SCARCE, printable, read_error, shown_path
+from qtool.errors import DamagedError, is_out_of_memory
 
 if TYPE_CHECKING:
     from qtool.calibration.tokens import Windows
@@ -20,6 +21,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     Raises:
         DamagedError: there is none, or its files cannot be read.
+        CapacityError: the process may open no more files.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
@@ -32,6 +34,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             str(checkpoint.path), local_files_only=True, trust_remote_code=False
         )
     except faults as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno in SCARCE:
+            raise read_error(Path(error.filename or checkpoint.path), error) from error
         reason = printable(" ".join(str(error).split()) or repr(error))
         raise DamagedError(
             f"the tokenizer of {shown_path(checkpoint.path)} cannot be loaded: {reason}",

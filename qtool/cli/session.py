@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import traceback
@@ -15,11 +14,15 @@ from typing import Any
 import typer
 
 from qtool.console import Terminal
-from qtool.errors import CapacityError, InterruptionError, QtoolError, is_out_of_memory
+from qtool.errors import (
+    CapacityError,
+    InterruptionError,
+    QtoolError,
+    UsageError,
+    is_out_of_memory,
+)
 
 COMMANDS = frozenset({"inspect", "estimate-memory", "quantize", "calibrate", "export", "eval"})
-# What is no bug wherever it comes up, a library's temporary files included.
-TROUBLE_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 
 
@@ -39,6 +42,7 @@ def session(
     )
     try:
         try:
+            _refuse_lost_directory()
             yield terminal
         finally:
             terminal.close()  # before anything else is said
@@ -53,16 +57,27 @@ def session(
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where bugs become exit code 1
-        if isinstance(error, OSError) and error.errno in TROUBLE_OF_THE_DISK:
-            from qtool.checkpoint.output import write_error
-
-            _fail(terminal, command, write_error(Path(error.filename or "a file"), error))
         if is_out_of_memory(error):
             advice = "use fewer or shorter windows, or a smaller --max-ram budget"
             _fail(terminal, command, CapacityError("out of memory", advice))
+        # What the system refuses is no bug wherever it comes up, in a library's files included.
+        from qtool.checkpoint.output import system_error
+
+        if (refusal := system_error(error)) is not None:
+            _fail(terminal, command, refusal)
         if verbose:
             terminal.err.print(traceback.format_exc(), markup=False)
         _fail(terminal, command, QtoolError(f"{type(error).__name__}: {error}", ISSUES))
+
+
+def _refuse_lost_directory() -> None:
+    """Refuse to start where no relative path leads anywhere and libraries fail to load."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"the working directory cannot be used: {error.strerror}", "change to one that is there"
+        ) from error
 
 
 def _fail(terminal: Terminal, command: str, error: QtoolError) -> None:

@@ -39,15 +39,21 @@ class CachedTasks:
         directory: of all caches; made if need be.
         key: what decides the answers beside what is asked; JSON values.
         tokens_at_once: answers are kept after about so many tokens that the model read.
+        check: refuses to keep more where the model is not the one of the key any more.
 
     Raises:
         UsageError, CapacityError: the directory cannot be written.
     """
 
     def __init__(
-        self, runner: TaskRunner, directory: Path, key: Mapping[str, Any], tokens_at_once: int
+        self,
+        runner: TaskRunner,
+        directory: Path,
+        key: Mapping[str, Any],
+        tokens_at_once: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._runner, self._tokens_at_once = runner, tokens_at_once
+        self._runner, self._tokens_at_once, self._check = runner, tokens_at_once, check
         folder = cache_folder(directory, {**key, "layout": LAYOUT, "kind": "answers"})
         self._path = folder / ANSWERS_FILE
 
@@ -146,6 +152,7 @@ class CachedTasks:
 
     def _keep(self, entries: Iterable[Mapping[str, Any]]) -> None:
         content = b"".join(map(_line, entries))
+        self._check()
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             with os.fdopen(os.open(self._path, flags, 0o666), "ab") as file:

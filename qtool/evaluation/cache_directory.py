@@ -22,7 +22,7 @@ from typing import Any
 
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
 from qtool.checkpoint.output import FULL_DISK
-from qtool.checkpoint.untrusted import read_json_object, shown_path
+from qtool.checkpoint.untrusted import open_regular, read_error, read_json_object, shown_path
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 
 NAME_LENGTH = 32  # hexadecimal digits of a hash that name a file
@@ -115,9 +115,7 @@ def identity(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
         try:
             found[file.name] = _hashed(file, known)
         except OSError as error:
-            raise DamagedError(
-                f"cannot read {shown_path(file)}: {error.strerror}", "check its permissions"
-            ) from error
+            raise read_error(file, error) from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / WEIGHTS_FILE, json.dumps(known, indent=2).encode())
@@ -136,7 +134,7 @@ def _hashed(file: Path, known: dict[str, Any]) -> str:
         if re.fullmatch("[0-9a-f]{64}", noted):
             return noted
     digest = hashlib.sha256()
-    with file.open("rb") as content:
+    with open_regular(file)[0] as content:
         while chunk := content.read(CHUNK_BYTES):
             digest.update(chunk)
     known[str(file)] = [*mark, digest.hexdigest()]

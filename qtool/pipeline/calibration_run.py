@@ -121,6 +121,7 @@ def calibrate_to(
             write_statistics(directory / place.final.name, found, architecture)
         except OSError as error:
             raise write_error(output, error) from error
+        checkpoint.check_unchanged()
         held.complete = True
         place.commit()
     return found
@@ -216,8 +217,9 @@ class FinishedMoments:
         """Keep what a block's taps read, and the stream behind it.
 
         Raises:
-            CapacityError, DamagedError: the disk is full or failed.
+            CapacityError, DamagedError: the disk is full or failed, or the model was changed.
         """
+        self._checkpoint.check_unchanged()  # no later run is to believe what two models gave
         self._room()
         last = max((b.index for b in self._journal.blocks.values() if b.hidden), default=-1)
         # A hole that was mended lies behind what is kept already.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.copying import copy_file
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.locate import locate
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.shards import ShardPlan, ShardWriter
+from qtool.checkpoint.untrusted import reading
 from qtool.errors import DamagedError
 from qtool.formats.protocol import Format
 from qtool.formats.reading import DenseSource
@@ -95,14 +96,13 @@ class PlannedDirectory:
 
         Raises:
             CapacityError: the disk is full.
+            DamagedError: the model's cannot be read.
         """
         config = dict(plan.checkpoint.config)
         config["quantization_config"] = dict(self.quantization_config)
+        for source in plan.checkpoint.extra_files:
+            copy_file(source, directory / source.relative_to(plan.checkpoint.path))
         try:
-            for source in plan.checkpoint.extra_files:
-                target = directory / source.relative_to(plan.checkpoint.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
             text = json.dumps(config, indent=2) + "\n"
             (directory / "config.json").write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
@@ -116,7 +116,8 @@ class PlannedDirectory:
             DamagedError: a tensor is missing, has another grid than planned, or is not finite.
         """
         checkpoint = locate(str(directory))
-        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        with reading(directory / "config.json"):
+            json.loads((directory / "config.json").read_text(encoding="utf-8"))
         with TensorReader(checkpoint.refs) as reader:
             source = DenseSource(checkpoint, reader)
             for linear in plan.linears:

@@ -147,7 +147,7 @@ def evaluate_fully(
     Raises:
         UsageError: an unknown dtype, a noise floor without an original directory, or a cache that
             cannot be written.
-        UnsupportedError, DamagedError, NumericalError: as `evaluate`.
+        UnsupportedError, DamagedError, NumericalError: as `evaluate`; or a model was changed.
         CapacityError: no room for the cache.
     """
     _check_noise_floor(reference, extent, dtype)
@@ -166,7 +166,10 @@ def evaluate_fully(
             original = stack.enter_context(closing(Reference(reference, setting, spill)))
         task = _Task(setting, spill, reference, original, windows, extent)
         results = tuple(task.measured(checkpoint) for checkpoint in models)
-        return Evaluation(results, task.noise_floor() if extent.noise_floor else None)
+        found = Evaluation(results, task.noise_floor() if extent.noise_floor else None)
+    for checkpoint in [*models, *([reference] if reference else [])]:
+        checkpoint.check_unchanged()
+    return found
 
 
 @dataclass(frozen=True)

@@ -172,12 +172,17 @@ class CachedReference:
             with closing(model):
                 title = f"caching {self._checkpoint.name}"
                 tick = steps(setting.progress, title, len(windows), "window")
-                pieces = (piece[:, :vocabulary] for piece in model.pieces())
+                pieces = (self._checked(piece)[:, :vocabulary] for piece in model.pieces())
                 for index in windows:
                     if not cache.save(index, pieces):
                         raise not_finite(self._checkpoint.name, original=True)
                     tick()
                 setting.progress.finish()
+
+    def _checked(self, piece: Tensor) -> Tensor:
+        """Keep what a changed file gave out of the cache, where it would count as the old one's."""
+        self._checkpoint.check_unchanged()
+        return piece
 
     def close(self) -> None:
         """Do nothing: nothing is held."""

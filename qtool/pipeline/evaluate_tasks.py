@@ -82,7 +82,7 @@ def evaluate_tasks(
     Raises:
         UsageError: an answer longer than what a model can read, or no chat template; an unknown
             dtype; a cache that cannot be written.
-        UnsupportedError, DamagedError, NumericalError: a model that cannot be run.
+        UnsupportedError, DamagedError, NumericalError: a model that cannot be run, or was changed.
         CapacityError: a task generates text, and the whole model does not fit; no room for the
             cache.
     """
@@ -101,9 +101,10 @@ def evaluate_tasks(
                 key = model_key(checkpoint, cache, device, dtype)
                 key["vocabulary"] = vocabulary
                 at_once = TOKENS_AT_ONCE["cpu" if checkpoint.gguf else device.type]
-                runner = CachedTasks(runner, cache, key, at_once)
+                runner = CachedTasks(runner, cache, key, at_once, checkpoint.check_unchanged)
             with closing(runner):
                 raw = _answered(checkpoint, runner, suite, texts, progress)
+        checkpoint.check_unchanged()
         progress.finish()
         return raw
 

@@ -279,6 +279,7 @@ def run_export(
             digests = output.write(checkpoint, directory, progress)
         else:
             digests = _write_gguf(checkpoint, output, directory, progress, importance)
+        checkpoint.check_unchanged()
         place.commit()
     ram, _ = devices.peak_memory(torch.device("cpu"))
     return ExportResult(plan, digests, time.perf_counter() - started, ram)

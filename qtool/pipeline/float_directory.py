@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.copying import copy_file
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import write_error
@@ -88,12 +88,10 @@ class PlannedFloats:
             for name, content in files.items():
                 raw = content if isinstance(content, bytes) else content.encode()
                 (directory / name).write_bytes(raw)
-            for path in checkpoint.extra_files:
-                target = directory / path.relative_to(checkpoint.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
         except OSError as error:
             raise write_error(Path(error.filename or directory), error) from error
+        for path in checkpoint.extra_files:
+            copy_file(path, directory / path.relative_to(checkpoint.path))
 
 
 def _narrowed(name: str, values: Tensor, dtype: str) -> Tensor:

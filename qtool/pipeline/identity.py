@@ -14,7 +14,7 @@ from qtool import device as devices
 from qtool.calibration.tokens import Windows
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.shards import file_digest
-from qtool.errors import DamagedError
+from qtool.checkpoint.untrusted import reading
 from qtool.pipeline.artifact import environment
 from qtool.pipeline.plan import Plan
 
@@ -85,7 +85,8 @@ def _tokens(windows: Windows) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    status = path.stat()
+    with reading(path):
+        status = path.stat()
     return _digest_of(path, (status.st_size, status.st_mtime_ns, status.st_ino))
 
 
@@ -105,12 +106,7 @@ def source_digests(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, str]]:
     paths = sorted({ref.file for ref in checkpoint.refs.values()} | set(checkpoint.extra_files))
     config = checkpoint.path / "config.json"
     paths += [config] if config.is_file() and config not in paths else []
-    try:
-        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            digests = list(pool.map(_digest, paths))
-    except OSError as error:
-        raise DamagedError(
-            f"cannot read {error.filename}: {error.strerror}", "check the disk"
-        ) from error
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        digests = list(pool.map(_digest, paths))
     names = [path.relative_to(checkpoint.path).as_posix() for path in paths]
     return {name: {"sha256": digest} for name, digest in zip(names, digests, strict=True)}

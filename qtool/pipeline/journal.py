@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -175,11 +176,12 @@ def begun_with(path: Path, key: str) -> Any:
     Raises:
         DamagedError: it cannot be read, or is larger than any journal.
     """
-    found = filter(None, map(_parsed, _lines(path)))
-    return next((entry.identity.get(key) for entry in found if entry.identity is not None), None)
+    with closing(_lines(path)) as lines:  # not by whoever collects garbage: signals would be lost
+        found = filter(None, map(_parsed, lines))
+        return next((e.identity.get(key) for e in found if e.identity is not None), None)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Generator[bytes]:
     """Yield the lines of a file with their ends, if there is such a file; overlong ones cut."""
     if not path.exists():
         return

@@ -209,8 +209,9 @@ class Ledger:
         """Write what else changed in a block, keep the streams behind it, and note it finished.
 
         Raises:
-            CapacityError, DamagedError: the disk is full or failed.
+            CapacityError, DamagedError: the disk is full or failed, or the model was changed.
         """
+        self._plan.checkpoint.check_unchanged()  # no later run is to believe what two models gave
         for writer in self._writers:
             for name, tensor in changed.items():
                 writer.write_changed(name, tensor)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.checkpoint.header import DTYPE_BYTES, TensorRef
+from qtool.checkpoint.untrusted import open_regular
 
 WORD_BITS = 32
 MXFP4_GROUP = 32
@@ -188,13 +189,15 @@ def _stored_shape(ref: TensorRef | None) -> tuple[int, int] | None:
     """Read the two numbers of a weight_shape tensor where its file is on this machine."""
     if ref is None or ref.dtype not in {"I64", "I32"} or ref.shape != (2,):
         return None
+    if not ref.file.exists():  # on the hub: only its header is here
+        return None
     try:
-        with ref.file.open("rb") as file:
+        with open_regular(ref.file)[0] as file:
             file.seek(ref.start)
             rows, columns = struct.unpack(
                 "<2q" if ref.dtype == "I64" else "<2i", file.read(ref.n_bytes)
             )
-    except (OSError, struct.error):  # on the hub: only its header is here
+    except struct.error:
         return None
     return (rows, columns) if 0 < rows < 2**32 and 0 < columns < 2**32 else None
 

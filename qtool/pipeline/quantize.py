@@ -313,6 +313,7 @@ class _Run:
             for warning in output.write_companions(plan, directory):
                 progress.warn("companion_file", warning)
             output.verify(plan, directory)
+        plan.checkpoint.check_unchanged()
         ram, vram = devices.peak_memory(self.settings.device)
         return QuantizeResult(
             plan=plan,

@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.checkpoint import work_directory
+from qtool.checkpoint import untrusted, work_directory
 
 BY_PATH = ("rename", "replace", "link", "symlink", "mkdir", "unlink", "remove", "rmdir", "truncate")
 BY_DESCRIPTOR = ("write", "pwrite", "writev", "fsync", "fdatasync", "ftruncate", "posix_fallocate")
@@ -41,11 +41,22 @@ class Faults:
         after: send the signal after the call instead of before it.
         lasting: every later call that needs room fails, too.
         times: how many calls in a row get the signal.
+        reads: count what is read and listed instead of what is written.
     """
 
     def __init__(
-        self, root, at=0, *, error=None, number=signal.SIGKILL, after=False, lasting=False, times=1
+        self,
+        root,
+        at=0,
+        *,
+        error=None,
+        number=signal.SIGKILL,
+        after=False,
+        lasting=False,
+        times=1,
+        reads=False,
     ):
+        self._reads = reads
         self._root = os.path.realpath(root) + os.sep
         self._at, self._error, self._number = at, error, number
         self._after, self._lasting, self._times = after, lasting, times
@@ -57,6 +68,8 @@ class Faults:
         return bool(self._at) and len(self.calls) >= self._at
 
     def __enter__(self):
+        if self._reads:
+            return self._enter_reads()
         for name in BY_PATH:
             self._replace(os, name, self._by_path(name, getattr(os, name)))
         for name in BY_DESCRIPTOR:
@@ -68,6 +81,27 @@ class Faults:
         opened = self._opened(io.open)
         self._replace(io, "open", opened)
         self._replace(builtins, "open", opened)
+        return self
+
+    def _enter_reads(self):
+        self._replace(os, "preadv", self._by_descriptor("read", os.preadv))
+        self._replace(os, "scandir", self._listing(os.scandir))
+        self._replace(os, "listdir", self._listing(os.listdir))
+        faults = self
+
+        # Reads of an `io.FileIO` cannot be seen from outside of it.
+        class Raw(io.FileIO):
+            def readinto(self, buffer):
+                place = faults._place(self.fileno())
+                return faults.call("read", place, lambda: super(Raw, self).readinto(buffer))
+
+            def readall(self):
+                place = faults._place(self.fileno())
+                return faults.call("read", place, super().readall)
+
+        named = untrusted._NamedFile
+        both = type(named.__name__, (named, Raw), {})
+        self._replace(untrusted, named.__name__, both)
         return self
 
     def __exit__(self, *_):
@@ -110,6 +144,12 @@ class Faults:
             directory = named.get("dir_fd", named.get("src_dir_fd"))
             place = self._place(path, directory)
             return self.call(kind, place, lambda: function(path, *rest, **named))
+
+        return called
+
+    def _listing(self, function):
+        def called(path="."):
+            return self.call("list", self._place(path), lambda: function(path))
 
         return called
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from qtool.errors import CapacityError, UsageError
+from qtool.errors import CapacityError, DamagedError, UsageError
 from qtool.evaluation.answers_cache import ANSWERS_FILE, CachedTasks
 from qtool.evaluation.continuations import Answer, Request
 
@@ -41,6 +41,7 @@ class Model:
             self._left -= 1
         self.runs += 1
         self.asked += items
+        self.last = items
 
     def close(self):
         self.closed = True
@@ -240,6 +241,21 @@ def test_a_full_disk_says_so_and_keeps_what_was_there(tmp_path, monkeypatch):
     model = Model()
     cached(tmp_path, model).score(requests)
     assert sorted(model.asked, key=repr) == sorted(requests[6:], key=repr)
+
+
+def test_nothing_is_kept_of_a_model_that_was_changed_meanwhile(tmp_path):
+    requests = some_requests(30)
+
+    def check():
+        if model.runs == 3:
+            raise DamagedError("the model was changed")
+
+    model = Model()
+    with pytest.raises(DamagedError):
+        CachedTasks(model, tmp_path, KEY, 20, check).score(requests)
+    again = Model()
+    cached(tmp_path, again).score(requests)
+    assert len(again.asked) == 30 - len(model.asked) + len(model.last)
 
 
 def test_the_model_is_freed_and_its_length_is_told(tmp_path):
