@@ -30,7 +30,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.conversion import is_tied
 from qtool.model.family import Family, family_of
-from qtool.model.skeleton import Skeleton
+from qtool.model.skeleton import Skeleton, skeleton_of
 from qtool.model.streaming import Stream, observe
 from qtool.model.trace import final_norm
 from qtool.pipeline.linears import STORED_DTYPES
@@ -63,9 +63,8 @@ def calibrate(
     moments: dict[str, Moments] = {}
     with TensorReader(checkpoint.refs) as reader, tempfile.TemporaryDirectory() as spill:
         source = DenseSource(checkpoint, reader)
-        skeleton = Skeleton(
-            checkpoint.config,
-            family,
+        skeleton = skeleton_of(
+            checkpoint,
             dtype=devices.compute_dtype(stored_dtype(checkpoint), device),
             device=device,
         )
@@ -74,8 +73,7 @@ def calibrate(
         stream = Stream(skeleton, source, windows.ids, Path(spill), held_bytes=held_bytes)
         for index in range(n_blocks):
             path = skeleton.block_prefix(index).removesuffix(".")
-            for name, tensor in skeleton.load(path, source).items():
-                check_finite(f"{path}.{name}", tensor)
+            skeleton.load(path, source)
             block = skeleton.blocks[index]
             seen, _ = observe(
                 stream,
