@@ -44,6 +44,8 @@ def _answer(path: str) -> dict[str, Any]:
     size = len(SAMPLE.encode())
     if len(ids) > MOST_IDS_PER_BYTE * size:
         return {"reason": f"it makes {len(ids)} tokens of {size} bytes"}
+    if not ids:
+        return {"reason": "it makes no tokens of any text"}
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     return {"largest": max(vocabulary.values(), default=-1)}
 

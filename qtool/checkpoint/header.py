@@ -10,6 +10,7 @@ object, then the tensors' bytes without holes).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_INDEX_BYTES = 100_000_000
 MAX_RANK = 32
 LENGTH_BYTES = 8
+MAX_NAME_BYTES = 255  # of a file, on every system that qtool runs on
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -125,9 +127,11 @@ def checkpoint_refs(directory: Path) -> dict[str, TensorRef]:
         UsageError: there are no weights at all.
     """
     if present(directory / SINGLE_FILE):
+        refuse_link_out(directory / SINGLE_FILE, directory)
         refs = {ref.name: ref for ref in read_header(directory / SINGLE_FILE)}
         place = directory / SINGLE_FILE
     elif present(directory / INDEX_FILE):
+        refuse_link_out(directory / INDEX_FILE, directory)
         refs = _indexed_refs(directory)
         place = directory / INDEX_FILE
     else:
@@ -264,7 +268,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 def _shard_path(index: Path, name: str) -> Path:
     """Return where a shard lies, refusing an index that points out of its own directory."""
     plain = name.endswith(".safetensors") and not set(name) & set("/\\\0") and name.isprintable()
-    if not plain:
+    if not plain or len(os.fsencode(name)) > MAX_NAME_BYTES:
         raise DamagedError(
             f"{shown_path(index)} names the shard '{printable(name)}', which is not a plain "
             ".safetensors file name",

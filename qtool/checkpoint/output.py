@@ -71,6 +71,7 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
         UsageError: a file, a link, a non-empty directory, or in the way of the input.
     """
     shown = shown_path(final)
+    _check_name(final)
     if final.name in {"", ".."}:
         final = final.resolve()
     if final.is_symlink():
@@ -103,6 +104,19 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
             "model and nothing else; choose another --output or remove it yourself",
         )
     return final
+
+
+def _check_name(final: Path) -> None:
+    """Refuse a path that no file can have, nor the work directory beside it."""
+    try:
+        for path in (final, final.parent / f".{final.name}.qtool"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+        raise UsageError(
+            f"the output {shown_path(final)} cannot be: {reason}", "choose another --output"
+        ) from error
 
 
 def _one_gguf(names: Sequence[str]) -> bool:
@@ -270,6 +284,7 @@ class PlainFile(OutputDirectory):
 
     def _checked(self, final: Path) -> Path:
         shown = shown_path(final)
+        _check_name(final)
         if final.is_symlink():
             raise UsageError(f"the output {shown} is a link", "give the file it points to")
         final = final.parent.resolve() / final.name

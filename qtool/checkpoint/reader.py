@@ -159,6 +159,14 @@ class TensorReader:
             )
         return self._refs[name]
 
+    def file(self, name: str) -> Path:
+        """Return the file that a tensor lies in.
+
+        Raises:
+            DamagedError: there is no such tensor.
+        """
+        return self.ref(name).file
+
     def _fill(self, ref: TensorRef, position: int, buffer: memoryview) -> None:
         """Read exactly `len(buffer)` bytes at an absolute position."""
         try:
@@ -208,8 +216,13 @@ def _ask_the_library(path: Path) -> None:
         raise DamagedError(f"{where} is not a valid safetensors file: {said}", GET_AGAIN) from error
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor, file: Path | None = None) -> None:
     """Refuse a tensor with NaN or infinite values.
+
+    Args:
+        name: of the tensor.
+        tensor: its values.
+        file: that it lies in, if it is one of a file's.
 
     Raises:
         NumericalError: names the tensor, how many values are not finite, and the first of them.
@@ -225,8 +238,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
     bad = ~torch.isfinite(values)
     first = tuple(int(i) for i in bad.nonzero()[0])
     value = float(values[first])
+    where = "" if file is None else f"{shown_path(file)}: "
     raise NumericalError(
-        f"tensor '{printable(name)}' has {int(bad.sum())} values that are not finite, "
+        f"{where}tensor '{printable(name)}' has {int(bad.sum())} values that are not finite, "
         f"the first ({value}) at {list(first)}",
         "the weights are damaged; get the model again or tell its author",
     )

@@ -72,6 +72,7 @@ def calibrate(
             datasets=[from_recipe(entry) for entry in recipe.calibration.datasets],
             needs_tokenizer=True,
         )
+        PlainFile(output, overwrite=overwrite, sources=[checkpoint.path])
         from rich.text import Text
 
         from qtool import device as devices

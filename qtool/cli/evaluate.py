@@ -11,6 +11,7 @@ import typer
 from qtool.cli import options, task_options
 from qtool.cli.session import session
 from qtool.errors import InterruptionError
+from qtool.recipe.sizes import MOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +54,9 @@ def evaluate(
     ] = "builtin",
     context: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("-l", "--ctx", help="Tokens of a window.", min=2, show_default="2048"),
+        typer.Option(
+            "-l", "--ctx", help="Tokens of a window.", min=2, max=MOST, show_default="2048"
+        ),
     ] = None,
     long_context: Annotated[
         Optional[str],  # noqa: UP045
@@ -65,7 +68,7 @@ def evaluate(
     ] = None,
     windows: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("-n", "--windows", help="Most windows.", min=1),
+        typer.Option("-n", "--windows", help="Most windows.", min=1, max=MOST),
     ] = 16,
     every: Annotated[bool, typer.Option("--all", help="All windows of the data.")] = False,
     domains: Annotated[

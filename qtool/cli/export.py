@@ -94,7 +94,6 @@ def export(
             offline=offline,
             gguf=True,
             trust_remote_code=trust_remote_code,
-            tokenizer=False,  # is read and judged by what writes it into a GGUF
             statistics=[] if statistics is None else [statistics],
         )
         if section.gguf_type is not None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from qtool.recipe.sizes import MOST
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False),
@@ -59,7 +61,9 @@ Datasets = Annotated[
 ]
 Windows = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("-n", "--windows", help="Calibration windows.", show_default="128", min=1),
+    typer.Option(
+        "-n", "--windows", help="Calibration windows.", show_default="128", min=1, max=MOST
+    ),
 ]
 SequenceLength = Annotated[
     Optional[int],  # noqa: UP045
@@ -70,6 +74,7 @@ SequenceLength = Annotated[
         help="Tokens of a window.",
         show_default="2048",
         min=2,
+        max=MOST,
     ),
 ]
 Seed = Annotated[

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from qtool import device as devices
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.checkpoint.reader import TensorReader
 from qtool.errors import NumericalError
 from qtool.evaluation.rows import PIECE_ROWS
 from qtool.formats.reading import DenseSource
-from qtool.model.family import family_of
-from qtool.model.skeleton import Skeleton, WeightSource
+from qtool.model.skeleton import Skeleton, WeightSource, skeleton_of
 from qtool.model.streaming import Stream, advance, embedding_path
 from qtool.model.trace import final_norm, head_logits
 
@@ -67,9 +66,7 @@ class StreamedModel:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = checkpoint.name
-        self._skeleton = Skeleton(
-            checkpoint.config, family_of(checkpoint.config), dtype=dtype, device=device
-        )
+        self._skeleton = skeleton_of(checkpoint, dtype=dtype, device=device)
         with torch.no_grad(), TensorReader(checkpoint.refs) as reader:
             source = DenseSource(checkpoint, reader)
             self._run_blocks(source, windows, spill, tick)
@@ -82,8 +79,7 @@ class StreamedModel:
         self._stream = Stream(skeleton, source, windows, spill)
         for index, block in enumerate(skeleton.blocks):
             path = skeleton.block_prefix(index).removesuffix(".")
-            for name, tensor in skeleton.load(path, source).items():
-                check_finite(f"{path}.{name}", tensor)
+            skeleton.load(path, source)
             advance(self._stream, self._stream.hidden, block, index)
             skeleton.drop(path)
             devices.return_free_memory()

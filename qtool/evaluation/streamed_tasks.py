@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool import device as devices
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.checkpoint.reader import TensorReader
 from qtool.errors import UnsupportedError
 from qtool.evaluation.continuations import (
     Answer,
@@ -31,7 +31,7 @@ from qtool.evaluation.scores import not_finite
 from qtool.evaluation.whole_model import WholeModel
 from qtool.formats.reading import DenseSource
 from qtool.model.family import family_of
-from qtool.model.skeleton import Skeleton, WeightSource
+from qtool.model.skeleton import Skeleton, WeightSource, skeleton_of
 from qtool.model.streaming import Stream, advance, embedding_path
 from qtool.model.trace import head_logits
 
@@ -55,6 +55,10 @@ class _Kept:
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
+
+    def file(self, name: str) -> Path:
+        """Return the file that the tensor lies in."""
+        return self._source.file(name)
 
     def read(self, name: str) -> Tensor:
         """Return the dense tensor called `name`."""
@@ -116,9 +120,7 @@ class StreamedTasks:
             return []
         check_tokens(self._checkpoint, (request.read for request in requests))
         texts = covers(requests)
-        skeleton = Skeleton(
-            self._checkpoint.config, self._family, dtype=self._dtype, device=self._device
-        )
+        skeleton = skeleton_of(self._checkpoint, dtype=self._dtype, device=self._device)
         answers: dict[int, Answer] = {}
         with torch.no_grad(), TensorReader(self._checkpoint.refs) as reader:
             source = DenseSource(self._checkpoint, reader)
@@ -159,8 +161,7 @@ class StreamedTasks:
     ) -> None:
         for index, block in enumerate(skeleton.blocks):
             path = skeleton.block_prefix(index).removesuffix(".")
-            for name, tensor in skeleton.load(path, source).items():
-                check_finite(f"{path}.{name}", tensor)
+            skeleton.load(path, source)
             for bucket in buckets:
                 advance(bucket.stream, bucket.stream.hidden, block, index)
             skeleton.drop(path)

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from qtool import device as devices
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.reader import TensorReader, check_finite
+from qtool.checkpoint.reader import TensorReader
 from qtool.errors import CapacityError
 from qtool.evaluation.continuations import Begin, Tokens
 from qtool.evaluation.runners import load_head
 from qtool.evaluation.scores import not_finite
 from qtool.formats.reading import DenseSource
-from qtool.model.family import family_of
-from qtool.model.skeleton import Skeleton
+from qtool.model.skeleton import Skeleton, skeleton_of
 from qtool.model.streaming import embedding_path
 from qtool.recipe.sizes import shown_size
 
@@ -52,8 +51,7 @@ class WholeModel:
     ) -> None:
         self._name, self._device, self._begin = checkpoint.name, device, begin
         self._vocabulary = vocabulary
-        family = family_of(checkpoint.config)
-        self._skeleton = skeleton = Skeleton(checkpoint.config, family, dtype=dtype, device=device)
+        self._skeleton = skeleton = skeleton_of(checkpoint, dtype=dtype, device=device)
         _check_fits(skeleton, checkpoint.name)
         tick = begin(f"loading {checkpoint.name}", len(skeleton.blocks), "block")
         with torch.no_grad(), TensorReader(checkpoint.refs) as reader:
@@ -61,8 +59,7 @@ class WholeModel:
             skeleton.load(embedding_path(skeleton), source)
             for index in range(len(skeleton.blocks)):
                 path = skeleton.block_prefix(index).removesuffix(".")
-                for name, tensor in skeleton.load(path, source).items():
-                    check_finite(f"{path}.{name}", tensor)
+                skeleton.load(path, source)
                 tick()
             load_head(skeleton, source)
 

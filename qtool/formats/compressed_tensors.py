@@ -130,8 +130,15 @@ class CompressedTensorsFormat:
         if integers.granularity == "tensor":
             scale = scale.expand(rows, 1)
         zero = torch.full_like(scale, float((integers.max_code + 1) // 2))
-        if not integers.symmetric:
-            zero = _read_zeros(tensors[f"{name}.weight_zero_point"], integers, rows)
+        if f"{name}.weight_zero_point" in tensors:
+            found = _read_zeros(tensors[f"{name}.weight_zero_point"], integers, rows)
+            if integers.symmetric and not torch.equal(found, zero):
+                raise DamagedError(
+                    f"tensor {name}.weight_zero_point is not all in the middle, though the weights "
+                    "are declared symmetric",
+                    REPAIR,
+                )
+            zero = found
         return QuantizedTensor(codes, IntegerParameters(scale.contiguous(), zero), grid)
 
     def config(self, modules: list[QuantizedModule], kept: list[str]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ class CompressedTensorsFormat:
             dtype = expect(tensors, f"{name}.weight_scale", tuple(SCALE_DTYPES), shape)
             expect(tensors, f"{name}.weight_shape", ("I64", "I32"), (2,))
             grid = scheme.grid(SCALE_DTYPES[dtype])
-            if not grid.symmetric:
+            if not grid.symmetric or f"{name}.weight_zero_point" in tensors:
                 zeros = _zero_layout(grid, rows, count)
                 expect(tensors, f"{name}.weight_zero_point", (zeros.dtype,), zeros.shape)
             grids[name] = grid

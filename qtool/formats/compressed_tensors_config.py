@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qtool.checkpoint.untrusted import printable
 from qtool.errors import DamagedError, UnsupportedError
 from qtool.formats.integer_modules import REPAIR, integer_grid, setting
 from qtool.formats.module_patterns import matches, pattern_of
@@ -111,6 +112,10 @@ def read_schemes(config: Mapping[str, Any]) -> dict[str, Scheme]:
         if config.get(key):
             raise UnsupportedError(f"the model has a {key}, which qtool cannot read", SUPPORTED)
     sparsity = config.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping):
+        raise DamagedError(
+            f"config.json: sparsity_config is {printable(sparsity)}, not an object", REPAIR
+        )
     if str(sparsity.get("format", "dense")) != "dense":
         raise UnsupportedError("the model is sparse, which qtool cannot read", SUPPORTED)
     status = str(config.get("quantization_status") or "compressed").lower()
@@ -122,7 +127,14 @@ def read_schemes(config: Mapping[str, Any]) -> dict[str, Scheme]:
     schemes: dict[str, Scheme] = {}
     for key, entry in entries.items():
         scheme = _read_group(key, entry, str(config.get("format")))
-        schemes |= {str(target): scheme for target in entry.get("targets") or ()}
+        targets = entry.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
+            raise DamagedError(
+                f"config.json: config group '{printable(key)}' has the targets "
+                f"{printable(targets)}, not a list of names",
+                REPAIR,
+            )
+        schemes |= dict.fromkeys(targets, scheme)
     return schemes
 
 

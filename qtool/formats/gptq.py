@@ -221,6 +221,12 @@ class GptqFormat:
         count = columns // size if size > 0 else 1
         expect(tensors, f"{name}.qzeros", ("I32",), (count, words_for(rows, bits)))
         dtype = expect(tensors, f"{name}.scales", tuple(SCALE_DTYPES), (count, rows))
+        if f"{name}.g_idx" not in tensors and own.get("desc_act"):
+            raise DamagedError(
+                f"{name}: desc_act says that groups follow the activation order, but the tensor "
+                f"{name}.g_idx, which says how, is missing",
+                REPAIR,
+            )
         if f"{name}.g_idx" in tensors:
             expect(tensors, f"{name}.g_idx", ("I32", "I64"), (columns,))
         return from_group_size(

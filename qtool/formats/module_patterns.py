@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qtool.checkpoint.untrusted import printable
 from qtool.errors import DamagedError
 
 MERGED = {
@@ -52,7 +53,7 @@ def skip_rules(kept: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {f"-:{pattern_of(name)}": {} for name in inner}
 
 
-def override_for(dynamic: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+def override_for(dynamic: object, name: str) -> Mapping[str, Any]:
     """Return what GPTQModel's `dynamic` rules override for module `name`; the first match wins.
 
     `-:` rules (left unquantized) say nothing about a module that is stored packed. A rule without
@@ -61,7 +62,13 @@ def override_for(dynamic: Mapping[str, Any] | None, name: str) -> Mapping[str, A
     Raises:
         DamagedError: the rules are not a mapping of regular expressions to mappings.
     """
-    for key, override in (dynamic or {}).items():
+    if not isinstance(dynamic or {}, Mapping):
+        raise DamagedError(
+            f"config.json: the dynamic rules are {printable(dynamic)}, not an object",
+            "repair the quantization_config, or download the model again",
+        )
+    rules: Mapping[str, Any] = dynamic or {}  # type: ignore[assignment]
+    for key, override in rules.items():
         if key.startswith("-:") or not matches(key.removeprefix("+:"), name):
             continue
         if not isinstance(override, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.reader import TensorReader
+from qtool.checkpoint.untrusted import naming
 from qtool.formats.protocol import TensorLayout, format_of
 from qtool.grids.protocol import Grid, QuantizedTensor
 
@@ -41,7 +43,8 @@ class DenseSource:
         self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         if self._format is not None:
             layouts = {n: TensorLayout(r.dtype, tuple(r.shape)) for n, r in self._refs.items()}
-            self.grids = self._format.grids(checkpoint.config["quantization_config"], layouts)
+            with naming(checkpoint.path):
+                self.grids = self._format.grids(checkpoint.config["quantization_config"], layouts)
             for name in self._refs:
                 module = name.rpartition(".")[0]
                 if module in self.grids:
@@ -55,6 +58,15 @@ class DenseSource:
     def _packed_module(self, name: str) -> str | None:
         module, _, leaf = name.rpartition(".")
         return module if leaf == "weight" and module in self.grids else None
+
+    def file(self, name: str) -> Path:
+        """Return the file that a dense tensor, or the first part of a packed one, lies in.
+
+        Raises:
+            DamagedError: it is missing.
+        """
+        module = self._packed_module(name)
+        return self._reader.file(name if module is None else self._parts[module][0])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the dense tensor of that name; reads no weights.
@@ -92,11 +104,17 @@ class DenseSource:
         return refs
 
     def quantized(self, module: str) -> QuantizedTensor:
-        """Return the packed weight of a module."""
+        """Return the packed weight of a module.
+
+        Raises:
+            DamagedError: its parts contradict each other, or their bytes are missing.
+            UnsupportedError: groups in an order that qtool does not read.
+        """
         if self._format is None:
             raise KeyError(module)
         tensors = {name: self._reader.read(name) for name in self._parts[module]}
-        return self._format.unpack(module, tensors, self.grids[module])
+        with naming(self.file(f"{module}.weight")):
+            return self._format.unpack(module, tensors, self.grids[module])
 
     def scales(self, module: str) -> Tensor:
         """Return the stored scales of a packed module in their own dtype."""

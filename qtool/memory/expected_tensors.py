@@ -63,6 +63,12 @@ PACKED_PARTS = frozenset(
         "input_scale",
     }
 )
+# The part that stands for a module's weight, one a module -> what its values need beside it.
+MAIN_PARTS: Mapping[str, tuple[str, ...]] = {
+    "weight": (),
+    "qweight": ("qzeros", "scales"),
+    "weight_packed": ("weight_scale", "weight_shape"),
+}
 OTHER_MODEL = "config.json and weights belong to different models; download both again"
 
 
@@ -104,16 +110,46 @@ def check_tensors(checkpoint: Checkpoint, family: Family, shape: ModelShape | No
                 f"{CONFIG_FILE} describes",
                 OTHER_MODEL,
             )
-    stored = {name.rpartition(".")[0] for name in checkpoint.refs} if packed else set()
+    stored = _check_parts(checkpoint) if packed else set()
     needed = {tensor.name for tensor in shape.tensors if not tensor.computed}
     for name in expected:
         present = name in checkpoint.refs or name.removesuffix(".weight") in stored
         if not present and llama_name(name, family) in needed:
             raise DamagedError(
-                f"tensor '{name}' is missing from {shown_path(checkpoint.path)}, though its "
+                f"tensor '{name}' is missing from {_whole(checkpoint)}, though its "
                 f"{CONFIG_FILE} describes it",
                 OTHER_MODEL,
             )
+
+
+def _whole(checkpoint: Checkpoint) -> str:
+    """Return the one weight file, or the directory of several, for a message."""
+    files = {ref.file for ref in checkpoint.refs.values()}
+    return shown_path(files.pop() if len(files) == 1 else checkpoint.path)
+
+
+def _check_parts(checkpoint: Checkpoint) -> set[str]:
+    """Return the modules of a packed checkpoint whose weight is there, each once and whole."""
+    mains: dict[str, str] = {}
+    for name, ref in checkpoint.refs.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in MAIN_PARTS:
+            continue
+        where = f"{shown_path(ref.file)}: tensor '{printable(name)}'"
+        if module in mains:
+            raise DamagedError(
+                f"{where} and '{printable(module)}.{mains[module]}' are both the weight of one "
+                "module",
+                OTHER_MODEL,
+            )
+        mains[module] = leaf
+        for part in MAIN_PARTS[leaf]:
+            if f"{module}.{part}" not in checkpoint.refs:
+                raise DamagedError(
+                    f"{where} lacks its '{part}': '{printable(module)}.{part}' is missing",
+                    OTHER_MODEL,
+                )
+    return set(mains)
 
 
 def _expected(shape: ModelShape, family: Family) -> dict[str, tuple[int, ...]]:

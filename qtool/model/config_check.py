@@ -123,6 +123,8 @@ def _check_layer_types(config: Mapping[str, Any], blocks: int, where: str) -> No
     known = isinstance(kinds, list) and all(
         isinstance(kind, str) and kind in LAYER_TYPES for kind in kinds
     )
+    if known and "sliding_attention" in kinds and config.get("sliding_window", 0) is None:
+        raise _wrong(where, "sliding_window", None, "the width that layer_types asks for")
     if not known or len(kinds) != blocks:
         raise _wrong(where, "layer_types", kinds, f"{blocks} of {', '.join(sorted(LAYER_TYPES))}")
 

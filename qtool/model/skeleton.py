@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.reader import check_finite
+from qtool.checkpoint.untrusted import naming, shown_path
 from qtool.errors import DamagedError
-from qtool.model.family import Family
+from qtool.model.family import Family, family_of
+
+# Not of the model: how it is stored, and what a call is to return, which is ours to ask for.
+NOT_OF_THE_MODEL = frozenset(
+    {"quantization_config", "output_attentions", "output_hidden_states", "return_dict"}
+)
 
 
 class WeightSource(Protocol):
@@ -18,6 +27,9 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return the dense tensor called `name` on the CPU, in its stored dtype."""
+
+    def file(self, name: str) -> Path:
+        """Return the file that it lies in, for messages."""
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name."""
@@ -44,10 +56,13 @@ class Skeleton:
     """A transformers model that holds no weights, and knows where they belong.
 
     Args:
-        config: config.json as a mapping; a `quantization_config` in it is ignored.
+        config: config.json as a mapping; NOT_OF_THE_MODEL in it is ignored.
         family: its family.
         dtype: in which modules are materialised.
         device: where modules are materialised and buffers live.
+
+    Raises:
+        DamagedError: transformers cannot build, or could not run, what config.json says.
     """
 
     def __init__(
@@ -61,7 +76,7 @@ class Skeleton:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        fields = {k: v for k, v in config.items() if k != "quantization_config"}
+        fields = {k: v for k, v in config.items() if k not in NOT_OF_THE_MODEL}
         model_type = fields.pop("model_type")
         self.family = family
         self.dtype = dtype
@@ -77,6 +92,12 @@ class Skeleton:
                 f"config.json does not describe a {family.name} model: {said}",
                 "compare it with the original model's config.json",
             ) from error
+        kinds = getattr(self.config, "layer_types", None) or ()
+        if "sliding_attention" in kinds and getattr(self.config, "sliding_window", None) is None:
+            raise DamagedError(
+                "config.json: layer_types has sliding attention, but there is no sliding_window",
+                "compare it with the original model's config.json",
+            )
         self.model.eval()
         for buffers in self.model.modules():
             for name, buffer in buffers.named_buffers(recurse=False):
@@ -96,6 +117,7 @@ class Skeleton:
 
         Raises:
             DamagedError: a tensor is missing, or has another shape than the config says.
+            NumericalError: a value is not finite; names file and tensor.
         """
         module = self.model.get_submodule(path)
         stored: dict[str, Tensor] = {}
@@ -109,10 +131,11 @@ class Skeleton:
             tensor = source.read(full)
             if tensor.shape != parameter.shape:
                 raise DamagedError(
-                    f"tensor '{full}' has shape {list(tensor.shape)}, config.json says "
-                    f"{list(parameter.shape)}",
+                    f"{shown_path(source.file(full))}: tensor '{full}' has shape "
+                    f"{list(tensor.shape)}, config.json says {list(parameter.shape)}",
                     "config.json and weights belong to different models",
                 )
+            check_finite(full, tensor, source.file(full))
             stored[name] = tensor
         self.assign(module, stored)
         return stored
@@ -126,6 +149,16 @@ class Skeleton:
     def drop(self, path: str) -> None:
         """Free the weights of the module at `path`."""
         release(self.model.get_submodule(path))
+
+
+def skeleton_of(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Skeleton:
+    """Return the skeleton of a directory's model.
+
+    Raises:
+        DamagedError: as `Skeleton`; names the directory.
+    """
+    with naming(checkpoint.path):
+        return Skeleton(checkpoint.config, family_of(checkpoint.config), dtype=dtype, device=device)
 
 
 def release(module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from qtool.model.family import family_of
 from qtool.model.gguf_metadata import model_metadata
 from qtool.pipeline.found_linears import block_linears, check_rules
 from qtool.pipeline.gguf_admission import admit_gguf
-from qtool.pipeline.rule_trial import check_patterns
+from qtool.pipeline.rule_trial import EXPRESSION, MAX_SECONDS, check_patterns, slow_expression
 from qtool.recipe.rules import first_match
 from qtool.recipe.schema import Quantize, Recipe
 
@@ -54,6 +54,7 @@ TOKENIZERS: tuple[str, ...] = (
 )
 TOKENIZERS += ("tekken.json", "*.tiktoken")
 MOST_GROWTH = 1000
+MOST_STEPS = 100  # of a normalizer; real ones have up to ten
 
 
 def admit(
@@ -95,12 +96,13 @@ def _admit_directory(
     check_config(checkpoint.config, family, where)
     declared = checkpoint.config.get("quantization_config") or {}
     method = declared.get("quant_method", "")
-    if declared and method not in FORMATS:
+    if declared and (not isinstance(method, str) or method not in FORMATS):
         raise UnsupportedError(
             f"{where}: the model is already quantized as '{printable(method)}', which qtool cannot "
             "read",
             f"formats it reads: {', '.join(FORMATS)}; quantize the original model instead",
         )
+    _check_expressions(declared, checkpoint)
     longest = settings.get("tokenizer_config.json", {}).get("model_max_length")
     if longest is not None and type(longest) not in {int, float}:
         raise DamagedError(
@@ -113,6 +115,26 @@ def _admit_directory(
     if tokenizer:
         check_tokenizer(checkpoint.path, int(checkpoint.config["vocab_size"]))
     return warnings
+
+
+def _check_expressions(declared: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse a quantization whose rules never finish saying which modules they are for."""
+    groups, dynamic = declared.get("config_groups"), declared.get("dynamic")
+    entries = list(groups.values()) if isinstance(groups, dict) else []
+    targets = [entry.get("targets") for entry in entries if isinstance(entry, dict)]
+    stated = [one for names in targets if isinstance(names, list) for one in names]
+    named = [one for one in stated if isinstance(one, str) and one.startswith(EXPRESSION)]
+    found = [one.removeprefix(EXPRESSION) for one in named]
+    if isinstance(dynamic, dict):
+        found += [key.removeprefix("+:") for key in dynamic if not key.startswith("-:")]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.refs))
+    if (slow := slow_expression(found, modules)) is not None:
+        raise DamagedError(
+            f"{shown_path(checkpoint.path / CONFIG_FILE)}: quantization_config has the pattern "
+            f"'{printable(slow)}', which takes more than {MAX_SECONDS:g} seconds to match the "
+            "names of the model",
+            "do not trust this model; get it from its original source",
+        )
 
 
 def check_has_tokenizer(checkpoint: Checkpoint) -> None:
@@ -130,10 +152,15 @@ def check_has_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _check_growth(files: TokenizerFiles) -> None:
-    """Refuse a normalizer that can blow a short text up until the memory is full."""
+    """Refuse a normalizer that can blow a short text up until the memory is full, or takes ages."""
     where = shown_path(files.tokenizer_path)
     growth = 1.0
-    for step in flattened(files.tokenizer.get("normalizer"), "normalizers", where):
+    steps = list(flattened(files.tokenizer.get("normalizer"), "normalizers", where))
+    if len(steps) > MOST_STEPS:
+        raise DamagedError(
+            f"{where}: its normalizer has {len(steps)} steps, more than {MOST_STEPS}", GET_AGAIN
+        )
+    for step in steps:
         content, pattern = step.get("content"), step.get("pattern")
         if step.get("type") != "Replace" or not isinstance(content, str):
             continue
@@ -190,17 +217,18 @@ def check_conversion(checkpoint: Checkpoint, *, pre: str | None) -> None:
     """
     if checkpoint.gguf:
         return
-    family, config = family_of(checkpoint.config), checkpoint.config
-    words = vocabulary(checkpoint.path, size=int(config["vocab_size"]), config=config, pre=pre)
-    if not config.get("quantization_config"):
-        converted_tensors(config, family, checkpoint.refs, vocabulary=words.size)
-    model_metadata(
-        config,
-        family,
-        name=checkpoint.name,
-        vocabulary=words.size,
-        parameters=sum(ref.n_elements for ref in checkpoint.refs.values()),
-    )
+    with naming(checkpoint.path):
+        family, config = family_of(checkpoint.config), checkpoint.config
+        words = vocabulary(checkpoint.path, size=int(config["vocab_size"]), config=config, pre=pre)
+        if not config.get("quantization_config"):
+            converted_tensors(config, family, checkpoint.refs, vocabulary=words.size)
+        model_metadata(
+            config,
+            family,
+            name=checkpoint.name,
+            vocabulary=words.size,
+            parameters=sum(ref.n_elements for ref in checkpoint.refs.values()),
+        )
 
 
 def _check_row(section: Quantize, columns: int) -> None:

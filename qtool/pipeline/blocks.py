@@ -83,8 +83,6 @@ class BlockQuantizer:
         skeleton, prefix = self._skeleton, self._skeleton.block_prefix(index)
         working = copy.deepcopy(skeleton.blocks[index])
         stored = skeleton.load(prefix.removesuffix("."), self._source)
-        for name, tensor in stored.items():
-            check_finite(prefix + name, tensor)
         reference = skeleton.blocks[index]
         skeleton.assign(working, stored)
         by_tap = self._plan.by_block.get(index, {})
@@ -227,7 +225,7 @@ def quantize_block_without_data(
         names = [f"{x.name}.weight" for linears in taps.values() for x in linears]
     tensors = {name.removeprefix(prefix): source.read(name) for name in names}
     for name, tensor in tensors.items():
-        check_finite(prefix + name, tensor)
+        check_finite(prefix + name, tensor, source.file(prefix + name))
     transformed = Transformed(tensors)
     if plan.method.transform is not None:
         transformed = transform_block(plan, config, taps, tensors, statistics or {}, device)

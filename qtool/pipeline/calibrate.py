@@ -29,7 +29,7 @@ from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
 from qtool.model.conversion import is_tied
 from qtool.model.family import Family, family_of
-from qtool.model.skeleton import Skeleton
+from qtool.model.skeleton import Skeleton, skeleton_of
 from qtool.model.streaming import Stream, observe
 from qtool.model.trace import final_norm
 from qtool.pipeline.linears import STORED_DTYPES
@@ -102,9 +102,8 @@ def calibrate(
     finished = finished or Forgotten()
     with TensorReader(checkpoint.refs) as reader:
         source = DenseSource(checkpoint, reader)
-        skeleton = Skeleton(
-            checkpoint.config,
-            family,
+        skeleton = skeleton_of(
+            checkpoint,
             dtype=devices.compute_dtype(stored_dtype(checkpoint), device),
             device=device,
         )
@@ -144,8 +143,7 @@ def _observed(
     """Run the stream through a block; return what each tap read."""
     family = skeleton.family
     path = skeleton.block_prefix(index).removesuffix(".")
-    for name, tensor in skeleton.load(path, source).items():
-        check_finite(f"{path}.{name}", tensor)
+    skeleton.load(path, source)
     block = skeleton.blocks[index]
     seen, _ = observe(
         stream, stream.hidden, block, index, family.taps, statistics="diagonal", move_on=True

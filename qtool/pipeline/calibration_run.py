@@ -85,7 +85,12 @@ def calibrate_to(
     """
     architecture = family_of(checkpoint.config).gguf_architecture
     n_blocks = int(checkpoint.config["num_hidden_layers"])
-    place = PlainFile(output, overwrite=settings.overwrite, resume=settings.resume)
+    place = PlainFile(
+        output,
+        overwrite=settings.overwrite,
+        sources=[checkpoint.path],
+        resume=settings.resume,
+    )
     with place as directory, contextlib.ExitStack() as stack:
         work = place.work.path
         held = stack.enter_context(LeftForALaterRun([place], work / JOURNAL, n_blocks))

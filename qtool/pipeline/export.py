@@ -27,7 +27,7 @@ from qtool.formats.reading import DenseSource
 from qtool.ggml_types import FLOAT_TYPES
 from qtool.model.conversion import ConvertedTensor
 from qtool.model.family import family_of
-from qtool.pipeline.float_directory import PlannedFloats, plan_floats
+from qtool.pipeline.float_directory import PlannedFloats, plan_floats, unpacked
 from qtool.pipeline.gguf_output import GgufFileWriter, PlannedGguf, verify_gguf, write_modelfile
 from qtool.pipeline.gguf_plan import ConvertedModel, convert_model, plan_types, type_keys
 from qtool.pipeline.gguf_sources import DirectorySource, GgufSource, TensorSource
@@ -103,7 +103,7 @@ def plan_export(
         family = family_of(checkpoint.config)
         with TensorReader(checkpoint.refs) as reader:
             dense = DenseSource(checkpoint, reader)
-            logical = replace(checkpoint, refs=dense.logical_refs())
+            logical = unpacked(checkpoint, dense)
             model = convert_model(logical, family, pre=export.pre)
             output, warnings = _gguf(logical, model, export, rules, importance=importance)
             packed = DirectorySource(dense, logical.refs)

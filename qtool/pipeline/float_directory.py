@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.shards import ShardPlan, ShardWriter, StoredTensor, plan_shards
+from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import NumericalError
 from qtool.formats.gguf_tokenizer_files import tokenizer_files
 from qtool.formats.reading import DenseSource
 from qtool.ggml_types import FLOAT_TYPES
+from qtool.memory.expected_tensors import check_tensors
 from qtool.model.conversion import RestoredTensor, checkpoint_tensors, source_order
+from qtool.model.family import family_of
 from qtool.model.gguf_config import checkpoint_config, family_of_metadata
 from qtool.model.gguf_rope import FACTOR_TENSORS
 from qtool.pipeline.gguf_rows import FLOATS, gguf_rows
@@ -68,10 +71,11 @@ class PlannedFloats:
             with ShardWriter(self.shards, directory) as writer:
                 for name, stored in self.shards.tensors.items():
                     if source is None:
+                        file = checkpoint.refs[by_name[name].source].file
                         values = restored_values(checkpoint.refs, by_name[name])
                     else:
-                        values = source.read(name)
-                    writer.write(name, _narrowed(name, values, stored.dtype))
+                        file, values = source.file(name), source.read(name)
+                    writer.write(name, _narrowed(name, values, stored.dtype, file))
                     del values
         progress.advance("all tensors")
         digests = writer.digests()
@@ -94,15 +98,15 @@ class PlannedFloats:
             copy_file(path, directory / path.relative_to(checkpoint.path))
 
 
-def _narrowed(name: str, values: Tensor, dtype: str) -> Tensor:
+def _narrowed(name: str, values: Tensor, dtype: str, file: Path) -> Tensor:
     """Return values in a float dtype of at most their size, or say which do not fit."""
-    check_finite(name, values)
+    check_finite(name, values, file)
     if not values.is_floating_point():
         return values
     stored = values.to(FLOATS[dtype])
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(
-            f"tensor '{name}' has values beyond what {dtype} holds",
+            f"{shown_path(file)}: tensor '{name}' has values beyond what {dtype} holds",
             "export to safetensors:BF16 or safetensors:F32",
         )
     return stored
@@ -122,14 +126,26 @@ def plan_floats(checkpoint: Checkpoint, dtype: str | None) -> PlannedFloats:
     if checkpoint.gguf:
         return _from_gguf(checkpoint, dtype)
     with TensorReader(checkpoint.refs) as reader:
-        refs = DenseSource(checkpoint, reader).logical_refs()
+        dense = unpacked(checkpoint, DenseSource(checkpoint, reader))
     chosen = dtype or _usual(checkpoint)
     stored = [
         StoredTensor(ref.name, chosen if ref.dtype in FLOAT_TYPES else ref.dtype, tuple(ref.shape))
-        for ref in refs.values()
+        for ref in dense.refs.values()
     ]
+    return PlannedFloats(chosen, plan_shards(stored), _with_dtype(dense.config, chosen))
+
+
+def unpacked(checkpoint: Checkpoint, source: DenseSource) -> Checkpoint:
+    """Return a checkpoint as if none of its weights were packed.
+
+    Raises:
+        DamagedError: packed weights, true to themselves, are not those that its config.json
+            describes.
+    """
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    return PlannedFloats(chosen, plan_shards(stored), _with_dtype(config, chosen))
+    dense = replace(checkpoint, refs=source.logical_refs(), config=config)
+    check_tensors(dense, family_of(config))
+    return dense
 
 
 def _usual(checkpoint: Checkpoint) -> str:

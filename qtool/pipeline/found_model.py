@@ -13,7 +13,7 @@ from pathlib import Path
 from qtool.checkpoint.gguf_split import model_stem
 from qtool.checkpoint.header import INDEX_FILE, SINGLE_FILE, TensorRef, checkpoint_refs
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint, extra_files, locate, read_config
-from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.untrusted import present, shown_path
 from qtool.errors import HubError, QtoolError, UnsupportedError, UsageError
 from qtool.memory.catalogue import find_shape
 from qtool.memory.file_sizes import FormatBytes, existing_gguf
@@ -77,7 +77,7 @@ def find_model(
     if kind == "directory":
         directory = path.resolve()
         refs: Mapping[str, TensorRef] = {}
-        if any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        if any(present(directory / name) for name in (SINGLE_FILE, INDEX_FILE)):
             refs = checkpoint_refs(directory)
         return _described(directory, directory.name, text, refs, thorough=thorough)
     if kind == "file":

@@ -34,6 +34,7 @@ LISTS: Mapping[str, type] = {"token_type": int, "scores": float, "merges": str}
 AS_MANY = frozenset({"token_type", "scores"})  # as there are tokens
 KINDS = range(7)  # of tokens, in llama.cpp
 NO_TOKEN = frozenset({-1, 2**32 - 1})  # how llama.cpp writes that there is none
+COUNTS = ("block_count", "expert_count", "attention.head_count", "attention.head_count_kv")
 MOST_FACTORS = 1 << 16
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
@@ -56,7 +57,20 @@ def admit_gguf(parts: tuple[GgufContents, ...]) -> None:
                 f"'{TOKENS}' lists {tokens} tokens, '{EMBEDDING}' has {embedding.shape[0]} rows",
                 OTHER_MODEL,
             )
+        _check_counts(first.metadata)
         _check_family(first.metadata, refs)
+
+
+def _check_counts(metadata: Mapping[str, Value]) -> None:
+    """Check that what an export counts by is a number, or one for each block."""
+    architecture = metadata.get("general.architecture")
+    for name in COUNTS:
+        key = f"{architecture.content if architecture else ''}.{name}"
+        value = metadata.get(key)
+        content = () if value is None else value.content
+        items = content if isinstance(content, tuple) else (content,)
+        if value is not None and not all(type(one) is int for one in items):
+            raise _wrong(key, value, "a whole number")
 
 
 def _check_tokenizer(metadata: Mapping[str, Value]) -> int:

@@ -6,6 +6,7 @@ Shapes: R = rows, C = columns; a vector counts as one row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,13 +37,14 @@ def source_rows(source: DenseSource, converted: ConvertedTensor) -> Iterator[Ten
         yield torch.tensor(converted.values, dtype=torch.float32).reshape(converted.shape)
         return
     if converted.permuted_heads or len(converted.shape) == 1:
-        yield stored_rows(converted, source.read(converted.source))
+        file = source.file(converted.source)
+        yield stored_rows(converted, source.read(converted.source), file)
         return
     rows, columns = converted.shape
     step = max(1, WEIGHTS_AT_ONCE // columns)
     for start in range(0, rows, step):
         part = source.rows(converted.source, start, min(start + step, rows))
-        check_finite(converted.source, part)
+        check_finite(converted.source, part, source.file(converted.source))
         yield _moved(converted, part)
 
 
@@ -83,13 +85,13 @@ def reads_back_finite(ref: TensorRef) -> bool:
         )
 
 
-def stored_rows(converted: ConvertedTensor, tensor: Tensor) -> Tensor:
+def stored_rows(converted: ConvertedTensor, tensor: Tensor, file: Path | None = None) -> Tensor:
     """Return a whole tensor of the checkpoint, any float dtype, as the GGUF holds it in float32.
 
     Raises:
         NumericalError: a value is not finite.
     """
-    check_finite(str(converted.source), tensor)
+    check_finite(str(converted.source), tensor, file)
     if converted.permuted_heads:
         tensor = tensor[torch.as_tensor(row_order(tensor.shape[0], converted.permuted_heads))]
     return _moved(converted, tensor[: converted.shape[0]])

@@ -156,6 +156,7 @@ class GgufSource:
         Raises:
             NumericalError: a value is not finite.
         """
-        for part in gguf_rows(self._refs[converted.name]):
-            check_finite(converted.name, part)
+        ref = self._refs[converted.name]
+        for part in gguf_rows(ref):
+            check_finite(converted.name, part, ref.file)
             yield part

@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.checkpoint.header import TensorRef
-from qtool.checkpoint.locate import Checkpoint
-from qtool.model.family import FAMILIES
+from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
+from qtool.checkpoint.untrusted import shown_path
+from qtool.errors import QtoolError
+from qtool.memory.expected_tensors import check_tensors
+from qtool.model.config_check import check_config
+from qtool.model.family import FAMILIES, family_of
 from qtool.pipeline.packed_headers import (
     PackedModule,
     describe_quantization,
@@ -72,6 +76,10 @@ def inspect_model(checkpoint: Checkpoint, *, list_tensors: bool = False) -> dict
     active = active_parameters(counts, architecture, EXPERT_NAME)
     bits_per_weight = 8 * checkpoint.total_bytes / total if total else 0.0
     quantization = describe_quantization(modules, checkpoint.config, bits_per_weight)
+    support = _support(checkpoint.config, quantization)
+    warnings = _warnings(checkpoint, architecture, modules)
+    if fault := _fault(checkpoint) if len(support["commands"]) > 1 else "":
+        warnings.append({"code": "unusable", "message": fault})
     return {
         "model": {
             "id": checkpoint.source,
@@ -85,8 +93,8 @@ def inspect_model(checkpoint: Checkpoint, *, list_tensors: bool = False) -> dict
         "tensors": _tensors(checkpoint, counts, bits_per_weight, list_tensors=list_tensors),
         "quantization": quantization,
         "tokenizer": describe_tokenizer(checkpoint),
-        "support": _support(checkpoint.config, quantization),
-        "warnings": _warnings(checkpoint, architecture, modules),
+        "support": support,
+        "warnings": warnings,
     }
 
 
@@ -237,6 +245,17 @@ def _support(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) 
     else:
         reason = f"it is quantized as '{quantization['method']}', which qtool cannot read"
     return {"family": family, "commands": commands, "reason": reason}
+
+
+def _fault(checkpoint: Checkpoint) -> str:
+    """Return why every other command refuses a model of a family that is known, else nothing."""
+    family = family_of(checkpoint.config)
+    try:
+        check_config(checkpoint.config, family, shown_path(checkpoint.path / CONFIG_FILE))
+        check_tensors(checkpoint, family)
+    except QtoolError as error:
+        return error.message
+    return ""
 
 
 def _warnings(

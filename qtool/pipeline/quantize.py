@@ -20,7 +20,7 @@ from qtool.checkpoint.output import OutputDirectory, commit_all, output_place, w
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
-from qtool.model.skeleton import Skeleton
+from qtool.model.skeleton import Skeleton, skeleton_of
 from qtool.model.streaming import Stream
 from qtool.pipeline.artifact import write_records
 from qtool.pipeline.blocks import BlockQuantizer, quantize_block_without_data
@@ -274,7 +274,7 @@ def _check_kept(plan: Plan, reader: TensorReader) -> None:
         for piece in reader.chunks(name):
             values = torch.frombuffer(piece, dtype=STORED_DTYPES[ref.dtype])
             if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
-                check_finite(name, reader.read(name))  # says where in the tensor
+                check_finite(name, reader.read(name), ref.file)  # says where in the tensor
 
 
 @dataclass(frozen=True)
@@ -382,9 +382,8 @@ class _Run:
 
 
 def _skeleton(plan: Plan, device: torch.device) -> Skeleton:
-    return Skeleton(
-        plan.checkpoint.config,
-        plan.family,
+    return skeleton_of(
+        plan.checkpoint,
         dtype=devices.compute_dtype(plan.dtype, device),
         device=device,
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qtool.errors import UsageError
 from qtool.ggml_types import GGML_TYPES
-from qtool.recipe.sizes import parse_size
+from qtool.recipe.sizes import MOST, parse_size
 
 Item = TypeVar("Item")
 # YAML has lists, a frozen record wants tuples: the one conversion that a strict model allows.
@@ -24,7 +24,8 @@ Bits = Literal[2, 3, 4, 8]
 Target = Literal["vllm", "transformers", "llama.cpp", "ollama"]
 Metric = Literal["ppl", "kld", "top1", "flips"]
 GroupSize = Annotated[int, Field(ge=-1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Length = Annotated[int, Field(ge=2, le=MOST)]
 
 # GGUF file types that are rounded to nearest unless a method is named.
 UNCALIBRATED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q6_K"})
@@ -85,7 +86,7 @@ class Calibration(Section):
     """What the model is run on to learn which inputs its weights see."""
 
     datasets: Annotated[Many[Dataset], Field(min_length=1)] = (Dataset(name="builtin"),)
-    sequence_length: Annotated[int, Field(ge=2)] = 2048  # tokens of a window
+    sequence_length: Length = 2048  # tokens of a window
     windows: Count = 128
     chat_template: Literal["auto", "on", "off"] = "auto"
 
@@ -208,7 +209,7 @@ class Evaluation(Section):
 
     metrics: Many[Metric] = ("ppl", "kld", "top1")
     data: Annotated[str, Field(min_length=1)] = "builtin"
-    context: Annotated[int, Field(ge=2)] = 2048  # tokens of a window
+    context: Length = 2048  # tokens of a window
     windows: Count | None = 16  # None: all
 
 

@@ -281,6 +281,41 @@ CONFIGS |= {
     "layer_types unknown": Hostile(
         edited(layer_types=["evil", "evil"]), (CONFIG, "layer_types"), READING_WEIGHTS
     ),
+    "sliding attention without a window": Hostile(
+        edited(layer_types=["full_attention", "sliding_attention"], sliding_window=None),
+        (CONFIG, "sliding_window"),
+        READING_WEIGHTS,
+    ),
+    "weights that link out": Hostile(
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "other.safetensors"),
+            (d / "model.safetensors").symlink_to("../other.safetensors"),
+        ),
+        ("model.safetensors", "link"),
+    ),
+    "weights that link to nothing": Hostile(
+        replaced("model.safetensors", lambda p: p.symlink_to("nowhere")),
+        ("model.safetensors", "link"),
+    ),
+    "a shard of an endless name": Hostile(
+        lambda d: (
+            (d / "model.safetensors").unlink(),
+            edit(
+                d,
+                {"weight_map": {"model.norm.weight": f"{'x' * 300}.safetensors"}},
+                "model.safetensors.index.json",
+            ),
+        ),
+        ("model.safetensors.index.json", "xxx"),
+    ),
+    "an index that links out": Hostile(
+        lambda d: (
+            (d / "model.safetensors").rename(d / "one.safetensors"),
+            (d.parent / "index.json").write_text("{}"),
+            (d / "model.safetensors.index.json").symlink_to("../index.json"),
+        ),
+        ("model.safetensors.index.json", "link"),
+    ),
     "dtype unknown": Hostile(edited(dtype="float7"), (CONFIG, "dtype"), READING_WEIGHTS),
     "dtype is a number": Hostile(edited(dtype=16), (CONFIG, "dtype"), READING_WEIGHTS),
     "architectures is a number": Hostile(edited(architectures=5), (CONFIG, "architectures"), ()),

@@ -195,6 +195,9 @@ GGUFS: dict[str, Hostile] = {
     "rope dimensions huge": bad(
         rewritten({"llama.rope.dimension_count": u32(2**31)}), by=("restore", "eval")
     ),
+    "experts of text": bad(
+        rewritten({"llama.expert_count": text("x")}), "expert_count", by=("export",)
+    ),
     "experts": bad(rewritten({"llama.expert_count": u32(2**31)}), by=("restore", "eval")),
     "no tokens": bad(rewritten({"tokenizer.ggml.tokens": None}), by=USING),
     "tokens are numbers": bad(

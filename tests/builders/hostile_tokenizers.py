@@ -133,6 +133,16 @@ TOKENIZERS: dict[str, Hostile] = {
         (TOKENIZER,),
         TOKENIZING,
     ),
+    "five thousand steps before every text": Hostile(
+        tokenizer(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 5000}),
+        (TOKENIZER, "5000"),
+        TOKENIZING,
+    ),
+    "no tokens at all": Hostile(
+        tokenizer(model__vocab={}, model__merges=[], added_tokens=[], post_processor=None),
+        (TOKENIZER,),
+        TOKENIZING,
+    ),
     "a megabyte before every text": Hostile(
         tokenizer(normalizer={"type": "Prepend", "prepend": "a" * 1_000_000}),
         (TOKENIZER,),

@@ -47,8 +47,13 @@ OTHERS = {
     "model.norm.weight": (HIDDEN,),
     "lm_head.weight": (VOCABULARY, HIDDEN),
 }
+OTHERS |= {
+    f"model.layers.{i}.{name}.weight": (HIDDEN,)
+    for i in range(LAYERS)
+    for name in ("input_layernorm", "post_attention_layernorm")
+}
 IN_LINEARS = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
-TOTAL = IN_LINEARS + 2 * VOCABULARY * HIDDEN + HIDDEN
+TOTAL = IN_LINEARS + 2 * VOCABULARY * HIDDEN + (1 + 2 * LAYERS) * HIDDEN
 
 
 def linears():
@@ -242,7 +247,7 @@ def test_contradictions_are_warned_of(tmp_path):
         "quantization_config": {"quant_method": "gptq", "bits": 4},
     }
     found = codes(inspect(write(tmp_path, tensors, config)))
-    assert found == {"no_head", "layers", "embedding", "not_quantized"}
+    assert found == {"no_head", "layers", "embedding", "not_quantized", "unusable"}
 
 
 def test_tokenizer_and_template_are_hashed(tmp_path):
