@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.disk_errors import write_error
 
 
 class HiddenStates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.untrusted import open_regular
 
 CHUNK_BYTES = 1 << 20

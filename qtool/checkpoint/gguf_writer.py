@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.gguf_file import GgufFile, GgufPlan
-from qtool.checkpoint.output import write_error
 from qtool.checkpoint.shards import file_digest
 from qtool.checkpoint.untrusted import shown_path
 from qtool.checkpoint.work_directory import sync

@@ -21,8 +21,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.header import DTYPE_BYTES, INDEX_FILE, LENGTH_BYTES, SINGLE_FILE, TensorRef
-from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import CHUNK_BYTES, DTYPE_NAMES, TensorReader, tensor_bytes
 from qtool.checkpoint.untrusted import open_regular
 from qtool.checkpoint.work_directory import sync

@@ -177,7 +177,7 @@ def _make_places(directory: Path, rungs: Sequence[RungPlan]) -> None:
     Raises:
         CapacityError, DamagedError: something is in the way, or the disk is full.
     """
-    from qtool.checkpoint.output import write_error
+    from qtool.checkpoint.disk_errors import write_error
 
     try:
         directory.mkdir(exist_ok=True)

@@ -61,7 +61,7 @@ def session(
             advice = "use fewer or shorter windows, or a smaller --max-ram budget"
             _fail(terminal, command, CapacityError("out of memory", advice))
         # What the system refuses is no bug wherever it comes up, in a library's files included.
-        from qtool.checkpoint.output import system_error
+        from qtool.checkpoint.disk_errors import system_error
 
         if (refusal := system_error(error)) is not None:
             _fail(terminal, command, refusal)

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtool.checkpoint.disk_errors import FULL_DISK
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
-from qtool.checkpoint.output import FULL_DISK
 from qtool.checkpoint.untrusted import open_regular, read_error, read_json_object, shown_path
 from qtool.errors import CapacityError, DamagedError, QtoolError, UsageError
 

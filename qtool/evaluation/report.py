@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.output import OutputDirectory, check_output, write_error
+from qtool.checkpoint.disk_errors import write_error
+from qtool.checkpoint.output import OutputDirectory, check_output
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import QtoolError, UsageError
 from qtool.evaluation.report_markdown import markdown

@@ -11,7 +11,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from qtool import __version__
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.shards import file_digest
 from qtool.checkpoint.untrusted import printable
 from qtool.evaluation.gates import gate_json

@@ -20,8 +20,9 @@ from qtool.calibration.activations import HiddenStates
 from qtool.calibration.moments import Moments
 from qtool.calibration.statistics_file import Statistics, write_statistics
 from qtool.calibration.tokens import Windows
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import PlainFile, write_error
+from qtool.checkpoint.output import PlainFile
 from qtool.errors import DamagedError
 from qtool.model.family import family_of
 from qtool.pipeline.calibrate import calibrate, stored_dtype

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.copying import copy_file
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.locate import locate
-from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.shards import ShardPlan, ShardWriter
 from qtool.checkpoint.untrusted import reading

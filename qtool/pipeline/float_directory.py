@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint.copying import copy_file
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.shards import ShardPlan, ShardWriter, StoredTensor, plan_shards
 from qtool.checkpoint.untrusted import shown_path

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.gguf_file import GgufPlan, GgufTensor, plan_gguf
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_values import Value, text, u32
 from qtool.checkpoint.gguf_writer import PARTIAL_SUFFIX, GgufWriter
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import write_error
 from qtool.checkpoint.reader import TensorReader, tensor_bytes
 from qtool.errors import DamagedError
 from qtool.formats.modelfile import ollama_modelfile

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.untrusted import open_regular, printable, refuse_bomb, shown_path
 from qtool.errors import DamagedError, UsageError
 from qtool.pipeline.progress import LayerReport

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qtool.checkpoint.output import commit_all, write_error
+from qtool.checkpoint.disk_errors import write_error
+from qtool.checkpoint.output import commit_all
 from qtool.checkpoint.shards import file_digest
 from qtool.checkpoint.untrusted import read_json_object
 from qtool.checkpoint.work_directory import work_path

@@ -15,8 +15,9 @@ from torch import Tensor
 from qtool import device as devices
 from qtool.calibration.moments import Moments
 from qtool.calibration.tokens import Windows
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.locate import Checkpoint
-from qtool.checkpoint.output import OutputDirectory, commit_all, output_place, write_error
+from qtool.checkpoint.output import OutputDirectory, commit_all, output_place
 from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource

@@ -14,7 +14,8 @@ import torch
 
 from qtool import device as devices
 from qtool.calibration.tokens import Windows
-from qtool.checkpoint.output import OutputDirectory, write_error
+from qtool.checkpoint.disk_errors import write_error
+from qtool.checkpoint.output import OutputDirectory
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import (
     CapacityError,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from qtool.calibration.activations import HiddenStates
-from qtool.checkpoint.output import write_error
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.reader import tensor_bytes
 from qtool.checkpoint.untrusted import open_regular
 from qtool.errors import DamagedError

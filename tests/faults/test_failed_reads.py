@@ -17,7 +17,8 @@ from builders.interruptions import digests
 from builders.tiny_models import tiny_model
 
 from qtool.checkpoint import work_directory
-from qtool.checkpoint.output import OutputDirectory, OutputFile, system_error
+from qtool.checkpoint.disk_errors import system_error
+from qtool.checkpoint.output import OutputDirectory, OutputFile
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.untrusted import open_regular
 from qtool.cli.app import run

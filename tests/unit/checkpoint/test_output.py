@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from qtool.checkpoint import work_directory
+from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.output import (
     OutputDirectory,
     OutputFile,
     check_output,
     commit_all,
-    write_error,
 )
 from qtool.checkpoint.work_directory import work_path
 from qtool.errors import CapacityError, DamagedError, UsageError
