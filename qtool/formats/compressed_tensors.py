@@ -179,9 +179,7 @@ class CompressedTensorsFormat:
             dtype = expect(tensors, f"{name}.weight_scale", tuple(SCALE_DTYPES), shape)
             expect(tensors, f"{name}.weight_shape", ("I64", "I32"), (2,))
             grid = scheme.grid(SCALE_DTYPES[dtype])
-            if not grid.symmetric or f"{name}.weight_zero_point" in tensors:
-                zeros = _zero_layout(grid, rows, count)
-                expect(tensors, f"{name}.weight_zero_point", (zeros.dtype,), zeros.shape)
+            _expect_zeros(name, tensors, grid, rows, count)
             grids[name] = grid
         return grids
 
@@ -195,6 +193,22 @@ def _zero_layout(grid: IntegerGrid, rows: int, count: int) -> TensorLayout:
     if grid.granularity == "tensor":
         return TensorLayout("I8", (1,))
     return TensorLayout("I32", (words_for(rows, grid.bits), count))
+
+
+def _expect_zeros(
+    name: str, tensors: Mapping[str, TensorLayout], grid: IntegerGrid, rows: int, count: int
+) -> None:
+    """Hold the header of zero points to the grid; symmetric weights may have some, all the middle.
+
+    Such ones, which say nothing, may also be bytes as the scales are laid out.
+    """
+    full = f"{name}.weight_zero_point"
+    if grid.symmetric and full not in tensors:
+        return
+    zeros = _zero_layout(grid, rows, count)
+    if grid.symmetric and stored(tensors, full).dtype == "I8":
+        zeros = TensorLayout("I8", stored(tensors, f"{name}.weight_scale").shape)
+    expect(tensors, full, (zeros.dtype,), zeros.shape)
 
 
 def _group_count(name: str, tensors: Mapping[str, TensorLayout]) -> int:
@@ -217,10 +231,10 @@ def _one(name: str, values: Tensor) -> Tensor:
 
 
 def _read_zeros(zeros: Tensor, grid: IntegerGrid, rows: int) -> Tensor:
-    """Zero points [R, G] float32 from words [w, G] or from one signed byte [1]."""
-    if grid.granularity == "tensor":
+    """Zero points [R, G] float32 from words [w, G], or from signed bytes [1] or [R, G]."""
+    if zeros.dtype == torch.int8:
         middle = (grid.max_code + 1) // 2
-        return (zeros.to(torch.float32) + middle).expand(rows, 1).contiguous()
+        return (zeros.to(torch.float32) + middle).expand(rows, -1).contiguous()
     return unpack_words(zeros.T, grid.bits, rows).T.to(torch.float32).contiguous()
 
 

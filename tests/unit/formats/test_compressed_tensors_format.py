@@ -74,6 +74,20 @@ def test_symmetric_modules_store_no_zero_points():
     assert set(pack(4, False, 20)[1]) == {f"{NAME}.{part}" for part in PARTS}
 
 
+@pytest.mark.parametrize(("bits", "size"), [(4, 20), (4, -1), (8, None)])
+def test_symmetric_modules_may_come_with_zero_points_that_say_nothing(bits, size):
+    quantized, tensors = pack(bits, True, size)
+    config = COMPRESSED_TENSORS.config([module_of(NAME, quantized)], [])
+    zeros = torch.zeros_like(tensors[f"{NAME}.weight_scale"], dtype=torch.int8)
+    tensors[f"{NAME}.weight_zero_point"] = zeros
+    grid = COMPRESSED_TENSORS.grids(config, layouts_of(tensors))[NAME]
+    found = COMPRESSED_TENSORS.unpack(NAME, tensors, grid)
+    assert torch.equal(found.dequantize(), quantized.dequantize())
+    zeros.flatten()[-1] = 1
+    with pytest.raises(DamagedError, match="declared symmetric"):
+        COMPRESSED_TENSORS.unpack(NAME, tensors, grid)
+
+
 class Block(torch.nn.Module):
     """Linears with the names of a decoder block and its head."""
 
