@@ -44,6 +44,7 @@ OUT_OF_MEMORY = (
     "failed to allocate",
     "memoryerror",
     "not enough memory",
+    "resource temporarily unavailable",  # no room for the stack of a thread
 )
 
 

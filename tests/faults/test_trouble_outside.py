@@ -1,18 +1,18 @@
 """Full disks, other processes, links, missing memory: trouble from outside while a run goes on."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders.command_line import Outcome, in_process_of_its_own
+from builders.faults import in_fork
 from builders.interruptions import digests
 from builders.tiny_models import tiny_model
 
+from qtool.calibration.builtin import builtin_pieces
 from qtool.checkpoint.output import OutputDirectory
 from qtool.cli.app import run
 from qtool.pipeline.journal import Journal
@@ -195,48 +195,53 @@ def test_a_stdout_that_takes_no_more_does_not_cost_the_result(here):
 
 # --- determinism --------------------------------------------------------------------------------
 
-# qtool, interrupted when the first block has been noted.
-STOPPED = """
-from qtool import __main__
-from qtool.pipeline.journal import Journal
-note = Journal.note
-def noted(self, block):
-    note(self, block)
-    raise KeyboardInterrupt
-Journal.note = noted
-__main__.main()
-"""
-
-
-def in_threads(count, *arguments, program=("-m", "qtool")):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(count),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, check=False, capture_output=True, text=True, timeout=300
-    )
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "awq+gptq"])  # which has all that gptq and awq do
 def test_two_processes_give_the_same_bytes(here, method):
     for name in ("one", "two"):
-        done = in_threads(1, "quantize", "model", "-m", method, *FLAGS, "-o", name)
+        arguments = ("quantize", "model", "-m", method, *FLAGS, "-o", name)
+        done = in_process_of_its_own(*arguments)
         assert done.returncode == 0, done.stderr
     assert digests(here / "one") == digests(here / "two")
 
 
-@pytest.mark.slow
+@pytest.fixture
+def in_threads(qtool, here, monkeypatch):
+    """Run a command in a copy of this process that computes in some threads."""
+    builtin_pieces("calibration", None)  # read once for all copies
+
+    def call(count, *arguments, stopped=False):
+        note = Journal.note
+
+        def noted(self, block):
+            note(self, block)
+            raise KeyboardInterrupt
+
+        def work():
+            torch.set_num_threads(count)
+            if stopped:
+                monkeypatch.setattr(Journal, "note", noted)
+            outcome = qtool(*arguments)
+            (here / "said").write_text(json.dumps([outcome.out, outcome.err]))
+            return outcome.code
+
+        code = in_fork(work)
+        return Outcome(code, *json.loads((here / "said").read_text()))
+
+    return call
+
+
 @pytest.mark.parametrize(("begun", "resumed"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_the_threads_it_was_begun_with(here, begun, resumed):
-    assert in_threads(begun, *GPTQ, "-o", "whole").returncode == 0
-    stopped = in_threads(begun, *GPTQ, "-o", "out", "--json", program=("-c", STOPPED))
-    assert stopped.returncode == 130, stopped.stderr
-    assert json.loads(stopped.stdout)["error"]["resumable"]
+def test_a_run_goes_on_with_the_threads_it_was_begun_with(here, in_threads, begun, resumed):
+    assert in_threads(begun, *GPTQ, "-o", "whole").code == 0
+    stopped = in_threads(begun, *GPTQ, "-o", "out", "--json", stopped=True)
+    assert stopped.code == 130, stopped.err
+    assert stopped.value["error"]["resumable"]
+    report = json.loads((here / "whole" / "qtool-report.json").read_text())
+    assert f"({begun} threads)" in json.dumps(report)
     done = in_threads(resumed, *GPTQ, "-o", "out")
-    assert done.returncode == 0, done.stderr
-    assert "continuing: 1 of 2" in done.stderr
+    assert done.code == 0, done.err
+    assert "continuing: 1 of 2" in done.err
     assert digests(here / "out") == digests(here / "whole")
+    assert f"({begun} threads)" in (here / "out" / "qtool-report.json").read_text()
