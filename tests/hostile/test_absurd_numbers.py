@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders.refusals import Server, snapshot
+from builders.refusals import snapshot
 from builders.tiny_models import tiny_model
 
 DIGITS = "9" * 400
@@ -24,13 +24,6 @@ LINES = {
         f"calibration.sequence_length={DIGITS}",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def server():
-    found = Server()
-    yield found
-    found.close()
 
 
 @pytest.mark.parametrize("name", LINES)

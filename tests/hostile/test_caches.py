@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from builders.refusals import Server, snapshot
+from builders.refusals import snapshot
 from builders.tiny_models import tiny_model
 from safetensors.torch import load, save
 
@@ -150,19 +150,12 @@ FAILS = ("--gate", "kld<=-1")  # so that everything that was tried is kept
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = Server(warm=True)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory, server):
+def kept(tmp_path_factory, warm_server):
     """A directory with a model and what a ladder without a winner leaves."""
     place = tmp_path_factory.mktemp("kept")
     size = {"layers": 1, "hidden": 128, "intermediate": 256}
     tiny_model("llama", place / "model", dtype=torch.bfloat16, **size)
-    done = server.run(*LADDER, *FAILS, cwd=place, seconds=200)
+    done = warm_server.run(*LADDER, *FAILS, cwd=place, seconds=200)
     assert done.code == 3, done.err
     return place
 
@@ -209,7 +202,7 @@ def test_a_record_of_nonsense_is_of_nothing(kept, name):
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "out"])
-def test_links_and_pipes_in_a_ladder_are_refused(kept, server, tmp_path, kind):
+def test_links_and_pipes_in_a_ladder_are_refused(kept, warm_server, tmp_path, kind):
     path = records(kept)[0]
     place = path.parent / "out2" if kind == "out" else path
     sound = path.read_bytes()
@@ -221,7 +214,7 @@ def test_links_and_pipes_in_a_ladder_are_refused(kept, server, tmp_path, kind):
         place.symlink_to("/dev/zero" if kind == "link" else tmp_path)
     before = snapshot(tmp_path)
     try:
-        done = server.run(*LADDER, *FAILS, cwd=kept, seconds=100)
+        done = warm_server.run(*LADDER, *FAILS, cwd=kept, seconds=100)
     finally:
         place.unlink()
         path.write_bytes(sound)
@@ -230,14 +223,14 @@ def test_links_and_pipes_in_a_ladder_are_refused(kept, server, tmp_path, kind):
     assert snapshot(tmp_path) == before
 
 
-def test_an_output_of_a_rung_that_was_changed_does_not_win(kept, server):
+def test_an_output_of_a_rung_that_was_changed_does_not_win(kept, warm_server):
     (out,) = (kept / ".model-ladder.qtool" / "rungs").glob("*/out")
     weights = out / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 0x40
     weights.write_bytes(content)
     (out / "evil.py").write_text("import os")
-    done = server.run(*LADDER, "--gate", "kld<=100", cwd=kept, seconds=200)
+    done = warm_server.run(*LADDER, "--gate", "kld<=100", cwd=kept, seconds=200)
     assert done.code == 0, done.err
     made = next(path for path in kept.glob("model-*") if path.is_dir())
     assert not (made / "evil.py").exists()

@@ -15,7 +15,7 @@ from builders.hostile_gguf import GGUFS
 from builders.hostile_texts import DATA, RECIPES, STATISTICS
 from builders.hostile_tokenizers import TOKENIZERS
 from builders.llama_gguf import llama_gguf
-from builders.refusals import HANGS, Server, snapshot
+from builders.refusals import HANGS, snapshot
 from builders.tiny_models import tiny_model
 
 from qtool.calibration import datasets
@@ -42,13 +42,6 @@ ON_FILES = {
 # What llama.cpp alone can tell, in a process of its own; that needs the tokens first.
 LATER = {"architecture unknown", "architecture with escapes", "an unknown tokenizer"}
 LATER |= {"an unknown pre-tokenizer", "experts", "head_count_kv a long list"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    found = Server()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

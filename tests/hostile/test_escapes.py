@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from builders.llama_gguf import llama_gguf
-from builders.refusals import Server
 from builders.tiny_models import tiny_model
 
 from qtool.evaluation.report import write_report
@@ -31,21 +30,14 @@ SMALL = ("-l", "32", "-n", "2")
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = Server(warm=True)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory, server):
+def here(tmp_path_factory, warm_server):
     """A directory with a model of that name, and what qtool makes of it."""
     place = tmp_path_factory.mktemp("here")
     tiny_model("llama", place / EVIL, dtype=torch.bfloat16, layers=1)
     llama_gguf(place / EVIL, place / f"{EVIL}.gguf", "F16")
     words = [" ".join(f"w{i}" for i in range(400))] * 4
     (place / TEXT).write_text("\n\n".join(words))
-    done = server.run(
+    done = warm_server.run(
         "quantize", EVIL, "-m", "gptq", "-g", "32", "-d", TEXT, *SMALL,
         "-o", f"{EVIL}-out", cwd=place, seconds=200,
     )  # fmt: skip
@@ -72,9 +64,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("json_too", [False, True])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_lets_a_terminal_obey_a_name(server, here, name, json_too):
+def test_no_command_lets_a_terminal_obey_a_name(warm_server, here, name, json_too):
     arguments = (*COMMANDS[name], *(["--json"] if json_too else []))
-    ended = server.run(*arguments, cwd=here.place, seconds=200)
+    ended = warm_server.run(*arguments, cwd=here.place, seconds=200)
     assert ended.code == (0 if name != "absent" else ended.code), ended.err
     assert ended.code in {0, 2, 6}
     assert "Traceback" not in ended.err
@@ -128,11 +120,11 @@ def test_checksums_of_any_file_name_are_those_of_coreutils(tmp_path):
     assert sorted(found.split("\n")) == sorted(theirs.stdout.decode().replace("./", "").split("\n"))
 
 
-def test_the_report_holds_every_name_as_text(here, server):
+def test_the_report_holds_every_name_as_text(here, warm_server):
     arguments = (
         *COMMANDS["eval"], "--gate", "kld<=100", "--report", "report",
     )  # fmt: skip
-    ended = server.run(*arguments, cwd=here.place, seconds=200)
+    ended = warm_server.run(*arguments, cwd=here.place, seconds=200)
     assert ended.code == 0, ended.err
     found = {p.name: p for p in (here.place / "report").rglob("*") if p.is_file()}
     assert {"index.html", "REPORT.md", "report.json"} <= set(found)

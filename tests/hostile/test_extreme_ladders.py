@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from builders.refusals import Server
 from builders.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -34,13 +33,6 @@ EXTREMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    found = Server(warm=True)
-    yield found
-    found.close()
-
-
 def strictly(text):
     """JSON as every reader takes it."""
 
@@ -53,7 +45,7 @@ def strictly(text):
 @pytest.mark.parametrize("way", [pytest.param("--ladder", marks=pytest.mark.slow), "rtn"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_figures_that_mean_nothing_end_neither_in_a_traceback_nor_in_nan(
-    server, tmp_path, name, way
+    warm_server, tmp_path, name, way
 ):
     change, codes = EXTREMES[name]
     sizes = {"layers": 1, "hidden": 128, "intermediate": 256}
@@ -63,7 +55,7 @@ def test_figures_that_mean_nothing_end_neither_in_a_traceback_nor_in_nan(
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
     flags = ("--ladder",) if way == "--ladder" else ("-m", "rtn", "-f", "compressed-tensors")
-    ended = server.run("quantize", "model", *flags, *SMALL, *GATES, cwd=tmp_path, seconds=200)
+    ended = warm_server.run("quantize", "model", *flags, *SMALL, *GATES, cwd=tmp_path, seconds=200)
     assert ended.code in codes, ended.err
     assert "Traceback" not in ended.err
     value = strictly(ended.out)

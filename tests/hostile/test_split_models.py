@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from builders.llama_gguf import llama_gguf
-from builders.refusals import Server, snapshot
+from builders.refusals import snapshot
 from builders.tiny_models import tiny_model
 
 COMMANDS = {
@@ -17,13 +17,6 @@ COMMANDS = {
     "estimate-memory": ("estimate-memory",),
 }
 PARTS = 3
-
-
-@pytest.fixture(scope="module")
-def server():
-    found = Server()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")
