@@ -104,7 +104,9 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         files = {ref.file for ref in self.refs.values()} | set(self.extra_files)
-        found = {path: _mark(path) for path in sorted({*files, self.path / CONFIG_FILE})}
+        if not self.gguf:  # beside a GGUF file it is another model's
+            files.add(self.path / CONFIG_FILE)
+        found = {path: _mark(path) for path in sorted(files)}
         marks = {path: mark for path, mark in found.items() if mark is not None}
         object.__setattr__(self, "marks", marks)
 

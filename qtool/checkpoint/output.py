@@ -71,10 +71,10 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
     return final
 
 
-def _check_name(final: Path) -> None:
-    """Refuse a path that no file can have, nor the work directory beside it."""
+def _check_name(final: Path, *beside: Path) -> None:
+    """Refuse a path that no file can have, nor the work directory and what else lies beside it."""
     try:
-        for path in (final, final.parent / f".{final.name}.qtool"):
+        for path in (final, final.parent / f".{final.name}.qtool", *beside):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
     except (OSError, ValueError) as error:
@@ -320,14 +320,10 @@ def check_output_file(
         UsageError: a directory, a link, an input, or a file that is not to be replaced.
     """
     shown = shown_path(final)
+    _check_name(final, *(final.parent / f"{final.stem}.{x}" for x in OutputFile.COMPANIONS))
     if final.is_symlink():
         raise UsageError(f"the output {shown} is a link", "give the file it points to")
     final = final.parent.resolve() / final.name
-    longest = max(OutputFile.COMPANIONS, key=len)
-    try:  # a name that is too long is known now, not when the work is done
-        final.with_name(f"{final.stem}.{longest}").exists()
-    except OSError as error:
-        raise write_error(final, error) from error
     parts = _parts_of(final)
     for source in sources:
         if final == source.resolve() or {source.absolute(), source.resolve()} & set(parts):

@@ -241,7 +241,8 @@ def test_killed_at_any_call(place, name, after):
         again = here.goes_on(at)
         if done and again.code == 0:
             plans = max(1, here.arguments.count("-f"))
-            assert again.err.count("ing: block ") == BLOCKS * plans - done, (at, again)
+            begun = "calibrating" if name == "calibrate" else "quantizing"
+            assert again.err.count(f"{begun}: block ") == BLOCKS * plans - done, (at, again)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
