@@ -1,7 +1,6 @@
 """GGUF headers: read as the gguf package reads them, and refused by name where they are wrong."""
 
 import struct
-import time
 
 import gguf
 import numpy as np
@@ -17,6 +16,7 @@ from builders.gguf_containers import (
     string,
     tensor,
 )
+from builders.work import calls_of
 
 from qtool.checkpoint.gguf_header import MAX_ITEMS, is_gguf, read_gguf
 from qtool.checkpoint.gguf_split import model_stem, read_gguf_split
@@ -112,7 +112,7 @@ def test_a_vocabulary_may_hold_bytes_that_are_no_text(tmp_path):
     assert token.encode("utf-8", "surrogateescape") == raw
 
 
-def test_a_vocabulary_of_256_thousand_is_read_in_less_than_half_a_second(tmp_path):
+def test_a_vocabulary_of_256_thousand_is_read_in_few_calls_for_each_token(tmp_path):
     n = 256_000
     tokens = b"".join(string(f"token{i}") for i in range(n))
     numbers = struct.pack(f"<{n}f", *range(n))
@@ -122,13 +122,8 @@ def test_a_vocabulary_of_256_thousand_is_read_in_less_than_half_a_second(tmp_pat
         key("scores", "array", array("f32", n, numbers)),
     ]
     path = ByHand(keys).at(tmp_path / "x.gguf")
-    taken = []
-    for _ in range(3):
-        before = time.process_time()
-        found = read_gguf(path)
-        taken.append(time.process_time() - before)
-    assert found.metadata["merges"].content[-1] == f"token{n - 1}"
-    assert min(taken) < 0.5
+    assert read_gguf(path).metadata["merges"].content[-1] == f"token{n - 1}"
+    assert calls_of(read_gguf, path) < 12 * n  # five for each string
 
 
 def test_the_size_of_a_file_costs_nothing(tmp_path):
@@ -138,9 +133,8 @@ def test_the_size_of_a_file_costs_nothing(tmp_path):
     path.write_bytes(made.content)
     with path.open("r+b") as file:
         file.truncate(size)
-    before = time.process_time()
     assert read_gguf(path).tensors[0].n_bytes == size - (4 << 20)
-    assert time.process_time() - before < 1
+    assert calls_of(read_gguf, path) < 1000
 
 
 def with_key(*entries):
