@@ -84,7 +84,7 @@ class Axis:
     def _steps(self, most: int) -> list[float]:
         rough = (self.high - self.low) / max(1, most - 1)
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= rough)
+        step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough)
         first = math.ceil(self.low / step)
         count = math.floor(self.high / step) - first + 1
         return [(first + index) * step for index in range(count)]

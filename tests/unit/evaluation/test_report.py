@@ -24,6 +24,7 @@ from qtool.evaluation.report_png import font_files
 from qtool.evaluation.report_reading import facts_of
 from qtool.evaluation.report_svg import Axis, Box, axis_for, place_labels, spread_out
 from qtool.evaluation.report_words import alerts, verdict
+from qtool.recipe.sizes import shown_size
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = (
@@ -448,6 +449,15 @@ def test_axes_have_round_ticks_inside(low, high, logarithmic):
     assert all(low - 1e-12 <= value <= high * (1 + 1e-12) for value in ticks)
     assert ticks == sorted(ticks)
     assert len({tick(value) for value in ticks}) == len(ticks) or low == 3
+
+
+@pytest.mark.parametrize("middle", [1.003e8, 1.05e8, 1.17e8, 2.49e8, 7.7e8, 9.99e8, 1.234e10])
+@pytest.mark.parametrize("most", [4, 6, 7])
+def test_labels_of_ticks_are_their_values(middle, most):
+    axis = axis_for([middle * 0.99, middle * 1.08], 0, 100, logarithmic=False)
+    for value in axis.ticks(most):
+        number, unit = shown_size(int(value)).split()
+        assert float(number) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(value, rel=1e-9)
 
 
 def test_axes_map_their_ends_and_keep_what_lies_beyond_on_them():
