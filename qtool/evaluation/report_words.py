@@ -61,7 +61,8 @@ def _headline(facts: Facts) -> tuple[Literal["good", "bad", "plain"], str]:
         return "bad", f"None of {len(judged)} models passes {every}."
     smallest = f"the smallest is {passed[0].label}, {described(passed[0])}."
     if len(passed) == len(judged):
-        return "good", f"All {len(judged)} models pass {every}; {smallest}"
+        all_of_them = "Both" if len(judged) == 2 else f"All {len(judged)}"
+        return "good", f"{all_of_them} models pass {every}; {smallest}"
     one = len(passed) == 1
     found = f"{passed[0].label}, {described(passed[0])}." if one else smallest
     verb = "passes" if one else "pass"

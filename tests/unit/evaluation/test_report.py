@@ -121,6 +121,9 @@ def test_the_headline_names_the_smallest_model_that_passes():
     assert looser.headline == (
         "All 4 models pass the gate; the smallest is gptq4, 562 kB, KL divergence 0.0740 ± 0.0030."
     )
+    two = evaluation(gates=["kld<=9"])
+    two["results"] = two["results"][:2]
+    assert verdict(facts_of(two)).headline.startswith("Both models pass the gate; the smallest is ")
 
 
 def test_a_gate_that_other_text_could_decide_is_called_close():
