@@ -112,7 +112,7 @@ def add_products(gram: Tensor, cross: Tensor | None, inputs: Tensor, twin: Tenso
     For bfloat16 inputs every product is exact and sums are float32: faster, with nothing lost.
 
     Args:
-        gram: [C, C] float32; only its upper triangle is kept up, see `symmetric`.
+        gram: [C, C] float32; only its upper triangle is kept up, see `mirror`.
         cross: [C, C] float32, or None.
         inputs: [T, C].
         twin: [T, C] of the same dtype, or None.
@@ -132,10 +132,17 @@ def add_products(gram: Tensor, cross: Tensor | None, inputs: Tensor, twin: Tenso
                 cross.addmm_(wide.T, other.to(torch.float32))
 
 
-def symmetric(gram: Tensor) -> Tensor:
-    """Return the whole of a symmetric matrix [C, C] of which the upper triangle is known."""
-    upper = gram.triu()
-    return upper + upper.triu(1).T
+def mirror(gram: Tensor) -> Tensor:
+    """Fill in the lower triangle of a symmetric matrix [C, C] of which the upper one is known.
+
+    Works in place and returns the matrix: a second one would not fit where the first just did.
+    """
+    for start in range(0, len(gram), GRAM_WIDTH):
+        stop = min(start + GRAM_WIDTH, len(gram))
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.device import ROWS_AT_ONCE, add_products, symmetric
+from qtool.device import ROWS_AT_ONCE, add_products, mirror
 
 Statistic = Literal["diagonal", "hessian"]
 
@@ -76,7 +76,7 @@ class MomentSums:
     def result(self) -> Moments:
         """Return the means; the sums must not be added to afterwards."""
         count = max(self._tokens, 1)
-        hessian = None if self._hessian is None else symmetric(self._hessian).div_(count)
+        hessian = None if self._hessian is None else mirror(self._hessian).div_(count)
         diagonal = self._squares / count if hessian is None else hessian.diagonal().clone()
         cross = None if self._cross is None else self._cross.div_(count)
         absolute = torch.zeros_like(diagonal) if self._absolute is None else self._absolute / count

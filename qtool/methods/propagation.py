@@ -14,26 +14,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtool.methods.gptq import inverse_cholesky
+from qtool.methods.inverse_hessian import InverseHessian
+
+ROWS_AT_ONCE = 1024  # of the products of two squares: their whole difference would be a third
 
 
 def corrected_target(
     weight: Tensor,  # [R, C] float32; not modified
-    hessian: Tensor,  # [C, C] float32, mean of x~ x~^T; not modified
+    inverse: InverseHessian,  # of the mean of x~ x~^T: damping leaves hardly seen directions alone
     cross: Tensor,  # [C, C] float32, mean of x~ x^T; not modified
     *,
     strength: float,  # 0 leaves the weight as it is, 1 corrects in full
-    damp_percent: float,  # as in GPTQ: keeps directions that were hardly seen in place
 ) -> Tensor:
-    """Return the weight [R, C] float32 that reproduces the float output from quantized inputs.
-
-    Raises:
-        NumericalError: the Hessian cannot be factored.
-    """
+    """Return the weight [R, C] float32 that reproduces the float output from quantized inputs."""
     if strength == 0:
         return weight
-    upper, _ = inverse_cholesky(hessian, damp_percent)
     # W C H^-1 - W = W (x - x~) x~^T H^-1: only the difference is damped, never W itself.
-    difference = (cross - hessian).T  # [C, C]: mean of (x - x~) x~^T
-    correction = ((weight @ difference) @ upper.T) @ upper
-    return torch.add(weight, correction, alpha=strength)
+    order, upper = inverse.order, inverse.factor
+    correction = torch.empty_like(weight)  # columns in the order of the factor
+    for parts in zip(order.split(ROWS_AT_ONCE), correction.split(ROWS_AT_ONCE, 1), strict=True):
+        rows, product = parts
+        product.copy_(weight @ (cross[rows] - inverse.hessian[rows]).T)
+    correction = (correction @ upper.T) @ upper
+    return torch.add(weight, correction[:, order.argsort()], alpha=strength)

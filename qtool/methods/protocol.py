@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.errors import UsageError
 from qtool.grids.protocol import Grid, QuantizedTensor
+from qtool.methods.inverse_hessian import InverseHessian
 from qtool.registry import Registry
 
 
@@ -42,21 +43,21 @@ class Rounded:
     damp_raised: bool = False  # whether that is more than was asked for
 
 
-PrepareFunction = Callable[[Tensor | None, RoundingOptions], Any]
-RoundFunction = Callable[[Tensor, Any, Grid, Any, RoundingOptions], Rounded]
+RoundFunction = Callable[
+    [Tensor, InverseHessian | None, Grid, Any, RoundingOptions],
+    Rounded,
+]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A way to choose codes.
+    """A way to choose codes: `round(weight, inverse, grid, parameters, options)`.
 
-    `prepare(hessian, options)` does once what all weights that read one input share;
-    `round(weight, prepared, grid, parameters, options)` rounds one of them.
+    What it needs to know of the inputs is made once for all weights that read them.
     """
 
     name: str
     needs: frozenset[str]  # "hessian", or nothing
-    prepare: PrepareFunction
     round: RoundFunction
     paper: str
 

@@ -10,24 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from qtool.grids.protocol import Grid, QuantizedTensor
+from qtool.methods.inverse_hessian import InverseHessian
 from qtool.methods.protocol import Rounded, Rounding, RoundingOptions
 
 
 def rtn(
     weight: Tensor,  # [R, C] float32; not modified
-    prepared: None,
+    inverse: InverseHessian | None,
     grid: Grid,
     parameters: Any,  # of the grid, already fitted to `weight`
     options: RoundingOptions,
 ) -> Rounded:
     """Round each weight to the nearest value of its own group's grid."""
-    del prepared, options
+    del inverse, options
     return Rounded(QuantizedTensor(grid.encode(weight, parameters), parameters, grid))
 
 
-def prepare(hessian: Tensor | None, options: RoundingOptions) -> None:
-    """Return nothing: each weight is rounded by itself."""
-    del hessian, options
-
-
-RTN = Rounding("rtn", frozenset(), prepare, rtn, "")
+RTN = Rounding("rtn", frozenset(), rtn, "")

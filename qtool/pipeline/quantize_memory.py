@@ -219,9 +219,7 @@ def _moments(
         seen = _part("moments of all taps", squares, "the sum of 4 x C^2")
         widest = max((tap.columns for tap in block.taps.values()), default=0)
         rows = _part("inputs in float32", _wide_rows(widest, batch, run, 1), "one batch")
-        triangle = max((tap.square for tap in block.taps.values()), default=0)
-        mirrored = _part("a triangle made square", 2 * triangle, "2 x 4 x C^2")
-        yield "statistics of the float block", (seen, kept, forward, rows, mirrored)
+        yield "statistics of the float block", (seen, kept, forward, rows)
         yield "the search for scales", (seen, kept, _search(block))
     for name, tap in block.taps.items():
         held = _held(shape, block, run, name, batch, in_step=in_step)
@@ -302,12 +300,12 @@ def _search(block: Block) -> Part:
 
 def _rounding(tap: Tap, run: Run) -> Part:
     """Return what factoring the Hessian and rounding a tap's weights take."""
-    # The Hessian in its new order, damped, its factor, inverse and factor of that, and what LAPACK
-    # works in: 6.3 squares were measured.
-    factored = tap.square * 63 // 10 + 2 * tap.weight
+    # The Hessian becomes its factor and the inverse of that in place; triangular solves copy three
+    # quarters.
+    factored = tap.square * 7 // 4 + 2 * tap.weight
     hessian = METHODS[run.method][1]
     chosen = tap.square + 9 * tap.weight if hessian else 6 * tap.weight
     corrected = run.propagated
     most = max(factored if hessian or corrected else 0, chosen)
-    why = "6.3 x 4 x C^2 and 2 float32 copies, or 4 x C^2 and 9"
+    why = "1.75 x 4 x C^2 and 2 float32 copies, or 4 x C^2 and 9"
     return _part("factors and rounding", _about(most), why)

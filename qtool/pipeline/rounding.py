@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from qtool.errors import NumericalError
 from qtool.grids.integer import IntegerGrid
 from qtool.grids.protocol import Grid, QuantizedTensor
 from qtool.methods.awq import output_error
+from qtool.methods.inverse_hessian import InverseHessian, invert
 from qtool.methods.propagation import corrected_target
 from qtool.methods.protocol import Rounded
 from qtool.pipeline.linears import PlannedLinear
@@ -58,15 +58,14 @@ def round_tap(
             except NumericalError as error:
                 raise NumericalError(f"{linear.name}: {error.message}", error.hint) from error
     try:
-        target = _target(plan, torch.cat(parts) if len(parts) > 1 else parts[0], moments)
-        hessian = None if moments is None else moments.hessian
-        prepared = plan.rounding.prepare(hessian, plan.options)
+        inverse = _inverse(plan, moments)
+        target = _target(plan, torch.cat(parts) if len(parts) > 1 else parts[0], moments, inverse)
         targets = dict(zip(linears, target.split(sizes), strict=True))
         tensors: dict[str, QuantizedTensor] = {}
         dampings: dict[str, tuple[float | None, bool]] = {}
         for grid in dict.fromkeys(x.grid for x in linears):
             alike = [x for x in linears if x.grid == grid]
-            found = _round_alike(plan, {x: targets[x] for x in alike}, grid, prepared, moments)
+            found = _round_alike(plan, {x: targets[x] for x in alike}, grid, inverse, moments)
             split = found.tensor.split_rows([x.shape[0] for x in alike])
             tensors.update(zip([x.name for x in alike], split, strict=True))
             dampings.update({x.name: (found.damp_percent, found.damp_raised) for x in alike})
@@ -97,24 +96,32 @@ def round_tap(
     return RoundedTap(tensors, tuple(reports))
 
 
-def _target(plan: Plan, weight: Tensor, moments: Moments | None) -> Tensor:
+def _inverse(plan: Plan, moments: Moments | None) -> InverseHessian | None:
+    """Return what rounding and correcting need of the inputs, made once for both."""
+    if moments is None or moments.hessian is None:
+        return None
+    corrects = moments.cross is not None and plan.recipe.quantize.error_propagation
+    if not (corrects or plan.rounding.needs):
+        return None
+    options = plan.options
+    return invert(moments.hessian, damp_percent=options.damp_percent, act_order=options.act_order)
+
+
+def _target(
+    plan: Plan, weight: Tensor, moments: Moments | None, inverse: InverseHessian | None
+) -> Tensor:
     """Return what is rounded: the weight [R, C], aimed at the float model's output if it can be."""
-    if moments is None or moments.hessian is None or moments.cross is None:
+    if moments is None or moments.cross is None or inverse is None:
         return weight
-    return corrected_target(
-        weight,
-        moments.hessian,
-        moments.cross,
-        strength=plan.recipe.quantize.error_propagation,
-        damp_percent=plan.options.damp_percent,
-    )
+    strength = plan.recipe.quantize.error_propagation
+    return corrected_target(weight, inverse, moments.cross, strength=strength)
 
 
 def _round_alike(
     plan: Plan,
     targets: Mapping[PlannedLinear, Tensor],
     grid: Grid,
-    prepared: Any,
+    inverse: InverseHessian | None,
     moments: Moments | None,
 ) -> Rounded:
     parts = list(targets.values())
@@ -122,7 +129,7 @@ def _round_alike(
     # Each matrix is fitted by itself: a grid per tensor must not span two of them.
     fitted = grid.join([grid.fit(part, importance) for part in parts])
     joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return plan.rounding.round(joined, prepared, grid, fitted, plan.options)
+    return plan.rounding.round(joined, inverse, grid, fitted, plan.options)
 
 
 def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:

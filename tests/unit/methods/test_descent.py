@@ -10,7 +10,8 @@ from oracles.obq import output_error
 from qtool.grids.ggml import LAYOUTS, GgmlGrid
 from qtool.grids.integer import IntegerGrid
 from qtool.methods.descent import descend
-from qtool.methods.gptq import gptq, prepare
+from qtool.methods.gptq import gptq
+from qtool.methods.inverse_hessian import invert
 from qtool.methods.protocol import RoundingOptions
 
 INTEGERS = [
@@ -35,7 +36,8 @@ def problem(rows=7, columns=512, seed=0, tokens=700):
 def rounded(weight, hessian, grid, sweeps):
     options = RoundingOptions(damp_percent=DAMPING, sweeps=sweeps)
     parameters = grid.fit(weight, hessian.diagonal())
-    return gptq(weight, prepare(hessian, options), grid, parameters, options).tensor
+    inverse = invert(hessian, damp_percent=DAMPING, act_order=True)
+    return gptq(weight, inverse, grid, parameters, options).tensor
 
 
 def damped(hessian):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from qtool.methods.inverse_hessian import invert
 from qtool.methods.propagation import corrected_target
 
 TOKENS, ROWS, COLUMNS = 400, 7, 33
@@ -25,9 +26,10 @@ def moments(x, seen):
     return seen.T @ seen / len(x), seen.T @ x / len(x)
 
 
-def target(weight, x, seen, *, strength=1.0, damping=1e-12):
+def target(weight, x, seen, *, strength=1.0, damping=1e-12, act_order=True):
     hessian, cross = moments(x, seen)
-    return corrected_target(weight, hessian, cross, strength=strength, damp_percent=damping)
+    inverse = invert(hessian, damp_percent=damping, act_order=act_order)
+    return corrected_target(weight, inverse, cross, strength=strength)
 
 
 def test_the_full_correction_is_the_least_squares_solution():
@@ -35,6 +37,19 @@ def test_the_full_correction_is_the_least_squares_solution():
     wanted = x.numpy() @ weight.numpy().T  # what the float model's layer gives
     solution = np.linalg.lstsq(seen.numpy(), wanted, rcond=None)[0].T
     np.testing.assert_allclose(target(weight, x, seen).numpy(), solution, rtol=1e-6, atol=1e-8)
+
+
+def test_the_order_of_the_columns_does_not_matter():
+    weight, x, seen = inputs(seed=2)
+    turned, straight = (target(weight, x, seen, act_order=order) for order in (True, False))
+    torch.testing.assert_close(turned, straight, rtol=1e-9, atol=1e-9)
+
+
+def test_products_made_in_parts_are_the_whole(monkeypatch):
+    weight, x, seen = inputs(seed=3)
+    whole = target(weight, x, seen)
+    monkeypatch.setattr("qtool.methods.propagation.ROWS_AT_ONCE", 5)
+    torch.testing.assert_close(target(weight, x, seen), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_damping_pulls_the_solution_towards_the_weight_as_ridge_regression_does():
@@ -111,5 +126,5 @@ def test_inputs_are_not_modified():
     hessian, cross = moments(x, seen)
     tensors = (weight, hessian, cross)
     before = [tensor.clone() for tensor in tensors]
-    corrected_target(*tensors, strength=0.7, damp_percent=0.05)
+    corrected_target(weight, invert(hessian, damp_percent=0.05), cross, strength=0.7)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
