@@ -23,7 +23,7 @@ class GgmlRefit:
 
     def __init__(self, codes: Tensor, parameters: BlockParameters, layout: GgmlLayout) -> None:
         self._layout = layout
-        self._levels = levels_of(codes, layout).T.contiguous()  # [C, R]
+        self._codes = codes.T.contiguous()  # [C, R] uint8
         self._super_scale = parameters.super_scale.T.contiguous()  # [B, R]
         self._super_offset = parameters.super_offset.T.contiguous()
         self._scales = parameters.scales.T.contiguous()  # [S, R]
@@ -48,7 +48,7 @@ class GgmlRefit:
     def _of_block(self, index: int) -> Iterator[Knob]:
         block, sub = self._layout.block, self._layout.sub
         inside = slice(index * block // sub, (index + 1) * block // sub)
-        levels = self._levels[index * block : (index + 1) * block]
+        levels = levels_of(self._codes[index * block : (index + 1) * block], self._layout)
         if self._layout.scales is not None:
             levels = levels * self._scales[inside].repeat_interleave(sub, dim=0)
         yield Knob(levels, partial(self._move, self._super_scale, index))
@@ -71,7 +71,8 @@ class GgmlRefit:
     def _of_sub_block(self, index: int, inner: int) -> Iterator[Knob]:
         least, most = self._layout.scales or (0, 0)
         unit = self._super_scale[index]
-        levels = self._levels[inner * self._layout.sub : (inner + 1) * self._layout.sub]
+        part = self._codes[inner * self._layout.sub : (inner + 1) * self._layout.sub]
+        levels = levels_of(part, self._layout)
         yield Knob(levels, partial(_step, self._scales, inner, unit, float(least), float(most)))
         if self._layout.offset == "integer":
             most_offset = LARGEST_OFFSET[self._layout.name]

@@ -192,23 +192,18 @@ class IntegerGrid:
         squared = rounded.sub_(zero).mul_(scale).sub_(groups).square_()
         return (squared if weights is None else squared.mul_(weights)).sum(dim=2)
 
-    def _spread(self, values: Tensor, columns: int) -> Tensor:
-        """Repeat [R, G] per-group values to one per column, [R, C]."""
-        return values.repeat_interleave(self.width(columns), dim=1)
-
     def encode(self, weight: Tensor, parameters: IntegerParameters) -> Tensor:
         """Return uint8 codes [R, C] nearest to weight [R, C] float32."""
-        columns = weight.shape[1]
-        scale = self._spread(parameters.scale, columns)
-        zero = self._spread(parameters.zero, columns)
-        return (weight / scale).add_(zero).round_().clamp_(0, self.max_code).to(torch.uint8)
+        scale, zero = parameters.scale[..., None], parameters.zero[..., None]
+        groups = weight.reshape(*parameters.scale.shape, -1)
+        codes = (groups / scale).add_(zero).round_().clamp_(0, self.max_code)
+        return codes.to(torch.uint8).view(weight.shape)
 
     def decode(self, codes: Tensor, parameters: IntegerParameters) -> Tensor:
         """Return the weight [R, C] float32 that codes [R, C] uint8 stand for."""
-        columns = codes.shape[1]
-        scale = self._spread(parameters.scale, columns)
-        zero = self._spread(parameters.zero, columns)
-        return (codes.to(torch.float32) - zero) * scale
+        scale, zero = parameters.scale[..., None], parameters.zero[..., None]
+        groups = codes.to(torch.float32).reshape(*parameters.scale.shape, -1)
+        return groups.sub_(zero).mul_(scale).view(codes.shape)
 
     def columns(self, parameters: IntegerParameters) -> IntegerColumns:
         """Return a rounder of single columns."""
@@ -234,7 +229,7 @@ class IntegerRefit:
 
     def __init__(self, grid: IntegerGrid, codes: Tensor, parameters: IntegerParameters) -> None:
         self._grid = grid
-        self._codes = codes.T.to(torch.float32)  # [C, R]
+        self._codes = codes.T  # [C, R] uint8
         self._scale = parameters.scale.T.contiguous()  # [G, R]
         self._zero = parameters.zero.T.contiguous()
 
@@ -243,7 +238,7 @@ class IntegerRefit:
         width = self._grid.width(len(self._codes))
         for group in range(len(self._scale)):
             columns = slice(group * width, (group + 1) * width)
-            direction = self._codes[columns] - self._zero[group]
+            direction = self._codes[columns].to(torch.float32).sub_(self._zero[group])
             yield columns, iter([Knob(direction, partial(self._move, group))])
 
     def _move(self, group: int, change: Tensor) -> Tensor:

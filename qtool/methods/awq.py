@@ -21,6 +21,7 @@ from qtool.grids.protocol import Grid
 
 GRID_POINTS = 20
 SAMPLED_ROWS, FINALISTS = 128, 3
+PART_ROWS = 2048  # of a difference that are multiplied at once: the product is as large
 # Folding a scale of 1e-4 into a 16-bit norm weight is safe; the paper's code stops there too.
 SMALLEST_SCALE = 1e-4
 
@@ -105,8 +106,8 @@ def untie_repeated(values: Tensor, head: int, repeats: int) -> Tensor:
 def output_error(difference: Tensor, moment: Tensor) -> float:
     """Return tr(D H D^T) for D [R, C] and H [C, C], or its diagonal [C]."""
     if moment.dim() == 1:
-        return float((difference.square() @ moment).sum())
-    return float(((difference @ moment) * difference).sum())
+        return sum(float((part.square() @ moment).sum()) for part in difference.split(PART_ROWS))
+    return sum(float((part @ moment).mul_(part).sum()) for part in difference.split(PART_ROWS))
 
 
 def _error(weight: Tensor, grid: Grid, moment: Tensor, scale: Tensor | None) -> float:

@@ -34,10 +34,11 @@ def descend(
 ) -> QuantizedTensor:
     """Return codes and scales with at most the error of `start`, on the same grid."""
     grid, parameters = start.grid, start.parameters
-    codes = start.codes.T.to(torch.float32).contiguous()  # [C, R]: a column is contiguous
-    values = start.dequantize().T.contiguous()
+    values = start.dequantize().T.contiguous()  # [C, R]: a column is contiguous
     error = values - weight.T
     products = torch.addmm(error, hessian, error, beta=damping)  # [C, R], (H + damping) E^T
+    del error
+    codes = start.codes.T.contiguous()
     diagonal = hessian.diagonal() + damping
     for sweep in range(sweeps):
         rounder = grid.columns(parameters)
@@ -48,15 +49,15 @@ def descend(
             products.addmm_(rows.T, changes)
             products[block] += damping * changes
         if sweep + 1 < sweeps:
-            refit = grid.refit(codes.T.to(torch.uint8), parameters)
+            refit = grid.refit(codes.T, parameters)
             if refit is not None:
                 _move_scales(refit, values, products, hessian, damping)
                 parameters = refit.parameters()
-    return QuantizedTensor(codes.T.to(torch.uint8).contiguous(), parameters, grid)
+    return QuantizedTensor(codes.T.contiguous(), parameters, grid)
 
 
 def _visit(
-    codes: Tensor,  # [C, R] updated in place
+    codes: Tensor,  # [C, R] uint8, updated in place
     values: Tensor,  # [C, R] updated in place
     products: Tensor,  # [B, R] of this block; consumed
     coupling: Tensor,  # [B, B] of H

@@ -35,16 +35,15 @@ def gptq(
     columns = weight.shape[1]
     order, factor = inverse.order, inverse.factor
     pending = weight[:, order].T.contiguous()  # [C, R]: a column of W is contiguous
-    codes = torch.empty_like(pending)
+    codes = torch.empty_like(pending, dtype=torch.uint8)
     rounder = grid.columns(parameters)
     indices = order.tolist()
     for start in range(0, columns, options.block_columns):
         stop = min(start + options.block_columns, columns)
         errors = _round_block(pending, codes, factor, rounder, indices, start, stop)
         pending[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    quantized = QuantizedTensor(restored.T.contiguous().to(torch.uint8), parameters, grid)
+    del pending, errors  # descent needs the room
+    quantized = QuantizedTensor(codes[order.argsort()].T.contiguous(), parameters, grid)
     damping = inverse.damp_percent
     if options.sweeps:
         quantized = descend(
@@ -61,7 +60,7 @@ def gptq(
 
 def _round_block(
     pending: Tensor,  # [C, R] consumed in place
-    codes: Tensor,  # [C, R] filled in place
+    codes: Tensor,  # [C, R] uint8, filled in place
     factor: Tensor,  # [C, C] upper triangular
     rounder: ColumnRounder,
     indices: list[int],  # position in `pending` -> column of the weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtool.methods.inverse_hessian import InverseHessian
 
-ROWS_AT_ONCE = 1024  # of the products of two squares: their whole difference would be a third
+AT_ONCE = 512  # rows or columns; besides the target nothing of its size is made
 
 
 def corrected_target(
@@ -30,10 +30,13 @@ def corrected_target(
     if strength == 0:
         return weight
     # W C H^-1 - W = W (x - x~) x~^T H^-1: only the difference is damped, never W itself.
-    order, upper = inverse.order, inverse.factor
-    correction = torch.empty_like(weight)  # columns in the order of the factor
-    for parts in zip(order.split(ROWS_AT_ONCE), correction.split(ROWS_AT_ONCE, 1), strict=True):
-        rows, product = parts
-        product.copy_(weight @ (cross[rows] - inverse.hessian[rows]).T)
-    correction = (correction @ upper.T) @ upper
-    return torch.add(weight, correction[:, order.argsort()], alpha=strength)
+    upper, order = inverse.factor, inverse.order
+    back = order.argsort()
+    target = torch.empty_like(weight)
+    parts = (cross.split(AT_ONCE), inverse.hessian.split(AT_ONCE), target.split(AT_ONCE, dim=1))
+    for seen, own, product in zip(*parts, strict=True):
+        product.copy_(weight @ (seen - own).T)
+    for rows, own in zip(target.split(AT_ONCE), weight.split(AT_ONCE), strict=True):
+        correction = (rows.index_select(1, order) @ upper.T) @ upper
+        torch.add(own, correction.index_select(1, back), alpha=strength, out=rows)
+    return target

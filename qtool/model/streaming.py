@@ -28,6 +28,10 @@ from qtool.model.trace import BlockCall, enter, run_block, run_watched
 INTERMEDIATE_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 # Part of the free memory that activations held inside a block may take.
 HELD_PART = 4
+# Part of the device's free memory that hidden states may take. The float model's travel beside the
+# quantized one's, and copying them once a tap takes far less time than a block: room on a small
+# card is worth more to the weights that are being rounded.
+ON_DEVICE_PART = 8
 
 
 class Stream:
@@ -71,8 +75,8 @@ class Stream:
     def _store(self) -> HiddenStates:
         return HiddenStates(
             self._device,
-            memory_bytes=devices.free_memory(torch.device("cpu")) // 4,
-            device_bytes=devices.free_memory(self._device) // 4,
+            memory_bytes=devices.free_memory(torch.device("cpu")) // HELD_PART,
+            device_bytes=devices.free_memory(self._device) // ON_DEVICE_PART,
             spill=self._spill,
         )
 

@@ -24,6 +24,7 @@ INTERMEDIATE_BYTES: Mapping[Kind, int] = {"cpu": 24 * MIB, "cuda": 512 * MIB}
 ROWS_AT_ONCE = 16384
 LARGEST_IN_HEAP = 32 * MIB  # glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64-bit systems
 HELD_PART = 4
+ON_DEVICE_PART = 8
 
 # Resident bytes of the program without a model: what Python, PyTorch and for calibrated runs the
 # model classes of transformers hold of their own, and pages of their libraries' files. Linux counts
@@ -31,7 +32,7 @@ HELD_PART = 4
 # environment counts 215 MB of files in the run that counts 121 MB after the cache was dropped.
 # Measured with PyTorch 2.13 for CPUs and transformers 5.23 on Linux.
 PROGRAM = {
-    False: Range(150 * MIB, 180 * MIB, 210 * MIB),
+    False: Range(150 * MIB, 172 * MIB, 205 * MIB),
     True: Range(245 * MIB, 265 * MIB, 295 * MIB),
 }
 LIBRARIES = {
@@ -113,7 +114,7 @@ def _without_data(
     linears = sum(tap.weight for tap in block.taps.values()) // WIDE
     stored = _part("linears of one block", run.stored_bytes * linears, f"{linears} weights")
     widest = max((tap.weight for tap in block.taps.values()), default=0)
-    work = _part("rounding of the largest tap", _about(5 * widest), "5 float32 copies")
+    work = _part("rounding of the largest tap", _about(3 * widest), "3 float32 copies")
     copies = _part("chunks of other tensors", COPIES, "copied 16 MiB at a time")
     on_card = run.device == "cuda"
     ram = (*program, stored, copies) if on_card else (*program, stored, work, copies)
@@ -160,7 +161,7 @@ def _hidden_states(shape: ModelShape, run: Run) -> tuple[Part, int, int]:
     here, waiting, on_disk = each, 0, 0
     room = run.free_ram // HELD_PART
     if run.device == "cuda":
-        here = min(each, run.free_vram // HELD_PART)
+        here = min(each, run.free_vram // ON_DEVICE_PART)
         waiting = min(each - here, room)
         on_disk = each - here - waiting
     else:
@@ -285,8 +286,8 @@ def _lost(block: Block, run: Run, *, in_step: bool) -> Part:
     small = [tap.square for tap in block.taps.values() if tap.square < LARGEST_IN_HEAP]
     squares = 2 * max(small, default=0) + (sum(small) if run.transforms else 0)
     size = squares if run.device == "cpu" else 0
-    spread = Range(0, held * 7 // 10 + size, held * 3 // 2 + 2 * size)
-    return _part("freed memory in pieces", spread, "0.7 of what attention held, as measured")
+    spread = Range(0, held // 2 + size, held * 3 // 2 + 2 * size)
+    return _part("freed memory in pieces", spread, "half of what attention held, as measured")
 
 
 def _search(block: Block) -> Part:
@@ -301,11 +302,11 @@ def _search(block: Block) -> Part:
 def _rounding(tap: Tap, run: Run) -> Part:
     """Return what factoring the Hessian and rounding a tap's weights take."""
     # The Hessian becomes its factor and the inverse of that in place; triangular solves copy three
-    # quarters.
-    factored = tap.square * 7 // 4 + 2 * tap.weight
+    # quarters. Then weights, values, products and errors of all linears, as measured.
     hessian = METHODS[run.method][1]
-    chosen = tap.square + 9 * tap.weight if hessian else 6 * tap.weight
-    corrected = run.propagated
-    most = max(factored if hessian or corrected else 0, chosen)
-    why = "1.75 x 4 x C^2 and 2 float32 copies, or 4 x C^2 and 9"
+    if not (hessian or run.propagated):
+        return _part("rounding", _about(3 * tap.weight), "3 float32 copies of the weights")
+    copies = 11 if hessian else 8
+    most = max(tap.square * 7 // 4, tap.square + copies * tap.weight // 2)
+    why = f"1.75 x 4 x C^2, or 4 x C^2 and {copies / 2:g} float32 copies of the weights"
     return _part("factors and rounding", _about(most), why)

@@ -49,23 +49,18 @@ def round_tap(
         NumericalError: weights, Hessian or scales are not finite; names the linear.
     """
     started = time.perf_counter()
-    parts = [weights[x.path].to(device, torch.float32) for x in linears]
-    sizes = [part.shape[0] for part in parts]
-    for linear, part in zip(linears, parts, strict=True):
-        if isinstance(linear.grid, IntegerGrid):
-            try:
-                linear.grid.check_range(part)
-            except NumericalError as error:
-                raise NumericalError(f"{linear.name}: {error.message}", error.hint) from error
+    sizes = [x.shape[0] for x in linears]
     try:
         inverse = _inverse(plan, moments)
-        target = _target(plan, torch.cat(parts) if len(parts) > 1 else parts[0], moments, inverse)
+        target = _target(plan, _joined(linears, weights, device), moments, inverse)
         targets = dict(zip(linears, target.split(sizes), strict=True))
         tensors: dict[str, QuantizedTensor] = {}
         dampings: dict[str, tuple[float | None, bool]] = {}
         for grid in dict.fromkeys(x.grid for x in linears):
             alike = [x for x in linears if x.grid == grid]
-            found = _round_alike(plan, {x: targets[x] for x in alike}, grid, inverse, moments)
+            parts = [targets[x] for x in alike]
+            whole = target if len(alike) == len(linears) else torch.cat(parts)
+            found = _round_alike(plan, whole, parts, grid, inverse, moments)
             split = found.tensor.split_rows([x.shape[0] for x in alike])
             tensors.update(zip([x.name for x in alike], split, strict=True))
             dampings.update({x.name: (found.damp_percent, found.damp_raised) for x in alike})
@@ -74,8 +69,9 @@ def round_tap(
     seconds = (time.perf_counter() - started) / len(linears)
     compared = plan.rounding.name != "rtn" or (moments is not None and moments.cross is not None)
     reports = []
-    for linear, part in zip(linears, parts, strict=True):
-        plain = _to_nearest(part, linear.grid.plain()) if compared else None
+    for linear in linears:
+        weight = weights[linear.path].to(device, torch.float32)
+        plain = _to_nearest(weight, linear.grid.plain()) if compared else None
         quantized = tensors[linear.name].dequantize()
         check_finite(f"{linear.name} (scales)", quantized)
         relative, ratio = _errors(targets[linear], quantized, plain, moments)
@@ -94,6 +90,23 @@ def round_tap(
             )
         )
     return RoundedTap(tensors, tuple(reports))
+
+
+def _joined(
+    linears: Sequence[PlannedLinear], weights: Mapping[str, Tensor], device: torch.device
+) -> Tensor:
+    """Return the weights of all linears as one matrix [R, C] float32."""
+    joined = torch.empty(
+        sum(x.shape[0] for x in linears), linears[0].shape[1], dtype=torch.float32, device=device
+    )
+    for linear, part in zip(linears, joined.split([x.shape[0] for x in linears]), strict=True):
+        part.copy_(weights[linear.path])
+        if isinstance(linear.grid, IntegerGrid):
+            try:
+                linear.grid.check_range(part)
+            except NumericalError as error:
+                raise NumericalError(f"{linear.name}: {error.message}", error.hint) from error
+    return joined
 
 
 def _inverse(plan: Plan, moments: Moments | None) -> InverseHessian | None:
@@ -119,17 +132,16 @@ def _target(
 
 def _round_alike(
     plan: Plan,
-    targets: Mapping[PlannedLinear, Tensor],
+    whole: Tensor,  # [R, C] float32, of all linears on this grid
+    parts: Sequence[Tensor],  # the same, each by itself
     grid: Grid,
     inverse: InverseHessian | None,
     moments: Moments | None,
 ) -> Rounded:
-    parts = list(targets.values())
     importance = None if moments is None else moments.diagonal
     # Each matrix is fitted by itself: a grid per tensor must not span two of them.
     fitted = grid.join([grid.fit(part, importance) for part in parts])
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return plan.rounding.round(joined, inverse, grid, fitted, plan.options)
+    return plan.rounding.round(whole, inverse, grid, fitted, plan.options)
 
 
 def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -138,15 +150,18 @@ def _to_nearest(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _errors(
-    target: Tensor, rounded: Tensor, plain: Tensor | None, moments: Moments | None
+    target: Tensor,
+    rounded: Tensor,  # consumed
+    plain: Tensor | None,  # consumed
+    moments: Moments | None,
 ) -> tuple[float, float | None]:
     """Return the relative output error, and the squared error against `plain`'s if there is one."""
     columns, device = target.shape[1], target.device
     second = torch.ones(columns, device=device) if moments is None else moments.second
-    error = max(output_error(rounded - target, second), 0.0)
+    error = max(output_error(rounded.sub_(target), second), 0.0)
     whole = output_error(target, second)
     relative = (error / whole) ** 0.5 if whole > 0 else 0.0
     if plain is None:
         return relative, None
-    reference = output_error(plain - target, second)
+    reference = output_error(plain.sub_(target), second)
     return relative, error / reference if reference > 0 else 1.0

@@ -48,7 +48,7 @@ def test_the_order_of_the_columns_does_not_matter():
 def test_products_made_in_parts_are_the_whole(monkeypatch):
     weight, x, seen = inputs(seed=3)
     whole = target(weight, x, seen)
-    monkeypatch.setattr("qtool.methods.propagation.ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("qtool.methods.propagation.AT_ONCE", 5)
     torch.testing.assert_close(target(weight, x, seen), whole, rtol=1e-9, atol=1e-9)
 
 
