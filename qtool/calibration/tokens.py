@@ -13,7 +13,7 @@ statistic is that of a text they never see.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -32,6 +32,7 @@ ChatTemplate = Literal["auto", "on", "off"]
 # a call holds about a hundred bytes a token.
 LONGEST_CALL = 8_000_000  # characters
 EVALUATION_CALL = 1_000_000  # characters of rows that are joined, so that `limit` stops early
+PANIC = "PanicException"
 BATCH = 32  # rows tokenized together
 TEMPLATE_DATE = "26 Jul 2024"
 TEMPLATE_ROOM = 1 << 16  # characters that a template may add to a chat
@@ -228,12 +229,15 @@ def _bare(row: Row) -> str:
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
     faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
+    # What a library in Rust raises where it gives up is no Exception, and cannot be imported.
     try:
         batch = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         ids: list[list[int]] = batch["input_ids"]
-    except faults as error:
+    except BaseException as error:
+        if not isinstance(error, faults) and type(error).__name__ != PANIC:
+            raise
         where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
         raise DamagedError(
             f"the tokenizer of {where} fails on the text: {printable(error)}",
@@ -242,13 +246,20 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
+def _encoded(tokenizer: Any, texts: list[str], needed: int) -> Iterable[list[int]]:
+    """Return the ids of texts; of those too long for one call, no more than about `needed`."""
+    if sum(map(len, texts)) <= LONGEST_CALL:
+        return _encode(tokenizer, texts)
+    return (_stream(tokenizer, iter([Row(text)]), needed).tolist() for text in texts)
+
+
 def _joined(tokenizer: Any, rows: Iterator[Row], needed: int, templated: bool) -> Tensor:
     """Tokenize shuffled rows, one document after the other, until `needed` tokens exist."""
     stream: list[int] = []
     end = tokenizer.eos_token_id
     while len(stream) < needed and (batch := list(islice(rows, BATCH))):
         texts = _rendered(tokenizer, batch, templated)
-        for row, ids in zip(batch, _encode(tokenizer, texts), strict=True):
+        for row, ids in zip(batch, _encoded(tokenizer, texts, needed), strict=True):
             stream += ids
             if ids and end is not None and not (templated and row.messages):
                 stream.append(end)
