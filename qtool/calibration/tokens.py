@@ -32,7 +32,6 @@ ChatTemplate = Literal["auto", "on", "off"]
 # a call holds about a hundred bytes a token.
 LONGEST_CALL = 8_000_000  # characters
 EVALUATION_CALL = 1_000_000  # characters of rows that are joined, so that `limit` stops early
-PANIC = "PanicException"
 BATCH = 32  # rows tokenized together
 TEMPLATE_DATE = "26 Jul 2024"
 TEMPLATE_ROOM = 1 << 16  # characters that a template may add to a chat
@@ -226,18 +225,26 @@ def _bare(row: Row) -> str:
     return row.text or "\n\n".join(message["content"] for message in row.messages)
 
 
+class _Panics:
+    """Turns what a library in Rust raises where it gives up, which is no Exception, into one."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        if kind is not None and kind.__name__ == "PanicException":  # it cannot be imported
+            raise RuntimeError(str(error))
+
+
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
     faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
-    # What a library in Rust raises where it gives up is no Exception, and cannot be imported.
     try:
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        with _Panics():
+            batch = tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
         ids: list[list[int]] = batch["input_ids"]
-    except BaseException as error:
-        if not isinstance(error, faults) and type(error).__name__ != PANIC:
-            raise
+    except faults as error:
         where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
         raise DamagedError(
             f"the tokenizer of {where} fails on the text: {printable(error)}",
