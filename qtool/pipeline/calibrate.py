@@ -238,7 +238,7 @@ def statistics_for(
         found[block].setdefault(tap, moments)
     absent = [name for (block, tap), name in missing.items() if tap not in found[block]]
     if absent and (complete or not any(found.values())):
-        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+        raise _absent(path, absent[0], statistics)
     return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
 
 
@@ -272,7 +272,7 @@ def importance_for(
         found[name] = importance.reshape(shape)
     absent = [name for name in names if name not in found and name not in {OUTPUT, EMBEDDINGS}]
     if absent and not found:
-        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+        raise _absent(path, absent[0], statistics)
     return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
 
 
@@ -280,6 +280,16 @@ def _lacking(path: Path, absent: list[str]) -> tuple[str, ...]:
     if not absent:
         return ()
     return (f"{shown_path(path)} lacks {listed(absent)}: rounded without importance",)
+
+
+def _absent(path: Path, name: str, statistics: Statistics) -> UsageError:
+    if name not in statistics.unusable:
+        return _of_another_model(path, f"lacks '{name}'", None)
+    return UsageError(
+        f"{shown_path(path)} has no usable value for '{name}': all are negative, too large, zero "
+        "or not finite",
+        "run qtool calibrate on this model",
+    )
 
 
 def _of_another_model(path: Path, what: str, columns: Columns | None) -> UsageError:

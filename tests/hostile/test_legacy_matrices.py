@@ -6,6 +6,9 @@ import pytest
 import torch
 from builders.tiny_models import tiny_model
 
+from qtool.errors import UsageError
+from qtool.pipeline.calibrate import importance_for
+
 ENTRY = struct.pack("<i", 1) + b"a" + struct.pack("<iif", 1, 1, 1.0)
 
 
@@ -35,3 +38,12 @@ def test_a_matrix_of_gigabytes_is_refused_in_little_memory(
     assert said in ended.message
     assert not ended.heavy
     assert ended.peak_bytes < 100e6
+
+
+def test_a_matrix_without_a_usable_value_is_not_said_to_lack_the_tensor(tmp_path):
+    name = b"blk.0.attn_q.weight"
+    values = struct.pack("<64f", *[float("nan")] * 64)
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii", 1, 64) + values
+    (tmp_path / "old.dat").write_bytes(struct.pack("<i", 1) + entry)
+    with pytest.raises(UsageError, match=r"old\.dat has no usable value for 'blk\.0\.attn_q"):
+        importance_for(tmp_path / "old.dat", {name.decode(): 64})
