@@ -176,7 +176,8 @@ def check_file(spec: DatasetSpec) -> None:
     if spec.kind != "file":
         return
     path = Path(spec.source)
-    if spec.is_stream and path.is_file() and path.stat().st_size > CHECKED_BYTES:
+    _check_place(path)
+    if spec.is_stream and path.stat().st_size > CHECKED_BYTES:
         return  # it is decoded as a whole
     size = 0
     for row in _file_rows(spec):
