@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_QUOTED = 200  # characters of a value that a message repeats
+
+
+def shortened(text: str) -> str:
+    """Return a text as a message may quote it: its beginning, if it is long."""
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
+
 
 class QtoolError(Exception):
     """Say what went wrong and where, and what to do about it.

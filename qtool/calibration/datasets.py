@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.calibration.builtin import builtin_pieces
-from qtool.checkpoint.untrusted import shown_path
+from qtool.checkpoint.untrusted import is_bomb, printable, shown_path
 from qtool.errors import DamagedError, HubError, UsageError
 from qtool.recipe.schema import Dataset
 
@@ -31,6 +31,7 @@ FORMS = (
 )
 CHAT_COLUMNS = ("messages", "conversations")
 TEXT_COLUMN = "text"
+JSON_LINES = 'a .jsonl file holds one object a line, such as {"text": "..."}'
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for what templates call roles
 SHUFFLE_BUFFER = 2_000  # rows of a streamed dataset that are shuffled together
 
@@ -160,16 +161,7 @@ def read_rows(spec: DatasetSpec, seed: int | None) -> Iterator[Row]:
         for index, text in enumerate(builtin_pieces(part, seed)):
             yield Row(text, place=f"builtin[{index}]")
         return
-    path = Path(spec.source)
-    _check_place(path)
-    read = {".txt": _text_row, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    try:
-        rows = read[path.suffix.lower()](path, spec.column)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UsageError(f"cannot read dataset '{path}': {why}", FORMS) from error
-    if not any(row.text.strip() or row.messages for row in rows):
-        raise UsageError(f"dataset '{path}' is empty", "give a file with text in it, or -d builtin")
+    rows = list(_file_rows(spec))
     if seed is not None:
         random.Random(seed).shuffle(rows)  # noqa: S311 - a shuffle, not a secret
     yield from rows
@@ -185,10 +177,30 @@ def check_file(spec: DatasetSpec) -> None:
         return
     path = Path(spec.source)
     _check_place(path)
-    # A few bytes of parquet may stand for any length of text, which is counted as it is read.
-    if path.stat().st_size <= CHECKED_BYTES:
-        for _ in read_rows(spec, None):
-            pass
+    if spec.is_stream and path.stat().st_size > CHECKED_BYTES:
+        return  # it is decoded as a whole
+    size = 0
+    for row in _file_rows(spec):
+        size += len(row.text) + sum(len(m["content"]) for m in row.messages)
+        if size > CHECKED_BYTES and spec.source.lower().endswith(".jsonl"):
+            return  # a few bytes of parquet may stand for any length: read to its bound
+
+
+def _file_rows(spec: DatasetSpec) -> Iterator[Row]:
+    """Yield the rows of a file in their order, and refuse it at its end if it says nothing."""
+    path = Path(spec.source)
+    _check_place(path)
+    read = {".txt": _text_row, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    written = False
+    try:
+        for row in read[path.suffix.lower()](path, spec.column):
+            written = written or bool(row.text.strip() or row.messages)
+            yield row
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UsageError(f"cannot read dataset '{path}': {why}", FORMS) from error
+    if not written:
+        raise UsageError(f"dataset '{path}' is empty", "give a file with text in it, or -d builtin")
 
 
 def _check_place(path: Path) -> None:
@@ -226,36 +238,33 @@ def _decoded(data: bytes, place: str) -> str:
         ) from error
 
 
-def _jsonl_rows(path: Path, column: str | None) -> list[Row]:
-    rows: list[Row] = []
+def _jsonl_rows(path: Path, column: str | None) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             place = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
                 raise DamagedError(
-                    f"{place}: a line of more than {MAX_LINE_BYTES} bytes",
-                    'a .jsonl file holds one object a line, such as {"text": "..."}',
+                    f"{place}: a line of more than {MAX_LINE_BYTES} bytes", JSON_LINES
                 )
             if not line.strip():
                 continue
+            if is_bomb(line):
+                raise DamagedError(
+                    f"{place}: a line of brackets and commas rather than of text", JSON_LINES
+                )
             text = _decoded(line, place).removeprefix("\ufeff")
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DamagedError(
-                    f"{place}: not JSON: {error}",
-                    'a .jsonl file holds one object a line, such as {"text": "..."}',
-                ) from error
+                raise DamagedError(f"{place}: not JSON: {error}", JSON_LINES) from error
             if not isinstance(record, dict):
                 raise DamagedError(
-                    f"{place}: a {type(record).__name__} where an object was expected",
-                    'a .jsonl file holds one object a line, such as {"text": "..."}',
+                    f"{place}: a {type(record).__name__} where an object was expected", JSON_LINES
                 )
-            rows.append(_row(record, column, place))
-    return rows
+            yield _row(record, column, place)
 
 
-def _parquet_rows(path: Path, column: str | None) -> list[Row]:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -268,21 +277,21 @@ def _parquet_rows(path: Path, column: str | None) -> list[Row]:
             columns = [name for name in names if name in wanted] or None
             batches = table.iter_batches(ROWS_AT_ONCE, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
-            rows, size = [], 0
+            size = 0
             for number, record in enumerate(records, start=1):
-                rows.append(_row(record, column, f"{path}:{number}"))
-                size += len(rows[-1].text) + sum(len(m["content"]) for m in rows[-1].messages)
+                row = _row(record, column, f"{path}:{number}")
+                size += len(row.text) + sum(len(m["content"]) for m in row.messages)
                 if size > MAX_TEXT:
                     raise DamagedError(
                         f"{path}:{number}: the rows hold more than {MAX_TEXT} characters",
                         "give a part of it: calibration needs some hundred thousand tokens",
                     )
+                yield row
         except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
             raise DamagedError(
                 f"{path}: not a readable parquet file: {_first_line(error)}",
                 "download or write it again",
             ) from error
-    return rows
 
 
 def _row(record: Mapping[str, Any], column: str | None, place: str) -> Row:
@@ -298,8 +307,8 @@ def _row(record: Mapping[str, Any], column: str | None, place: str) -> Row:
     wanted = f"no text or chat in column '{column}'" if column else "no column 'text' or 'messages'"
     raise UsageError(
         f"{place}: {wanted}",
-        f"columns there: {', '.join(map(str, record)) or 'none'}; choose one with FILE:COLUMN or "
-        "hf:ID:SPLIT:COLUMN",
+        f"columns there: {printable(', '.join(map(str, record))) or 'none'}; choose one with "
+        "FILE:COLUMN or hf:ID:SPLIT:COLUMN",
     )
 
 

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from qtool.errors import DamagedError
 
 MOST_ENTRIES = 1 << 20
 LONGEST_NAME = 512
+MOST_VALUES = 1 << 26  # of an entry: all experts of a layer have a tenth of it
+MAX_BYTES = 4 << 30
 LEAST_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4
 
 
@@ -71,8 +74,12 @@ def read_legacy(path: Path) -> LegacyMatrix:
     """
     file, size = open_regular(path)
     with file:
-        raw = memoryview(file.read(size))
-    at = _Position(path, raw)
+        return _read(_Position(path, file, size))
+
+
+def _read(at: _Position) -> LegacyMatrix:
+    if at.left > MAX_BYTES:
+        at.refuse(f" has {at.left} bytes, more than the {MAX_BYTES} qtool reads")
     count = at.integer("its number of entries")
     if not 1 <= count <= MOST_ENTRIES or count * LEAST_ENTRY_BYTES > at.left:
         at.refuse(f" claims {count} entries in {at.left} bytes")
@@ -91,12 +98,9 @@ def read_legacy(path: Path) -> LegacyMatrix:
 class _Position:
     """A place in the bytes of a file, and what is taken from there."""
 
-    def __init__(self, path: Path, raw: memoryview) -> None:
-        self._path, self._raw, self._start = path, raw, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._raw) - self._start
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self._path, self._file, self._size = path, file, size
+        self.left = size
 
     def refuse(self, what: str) -> None:
         raise DamagedError(f"{shown_path(self._path)}{what}", GET_AGAIN)
@@ -109,17 +113,18 @@ class _Position:
         # A dataset is a path: it may be longer than the name of a tensor.
         if length > (LONGEST_NAME if not empty else self.left) or length < (0 if empty else 1):
             self.refuse(f": {what} claims {length} bytes")
-        return bytes(self._take(length, what)).decode(errors="replace")
+        return self._take(length, what).decode(errors="replace")
 
     def floats(self, what: str) -> NDArray[np.float32]:
         count = self.integer(what)
-        if count < 1:
+        if not 1 <= count <= MOST_VALUES:
             self.refuse(f": {what} claims {count} values")
         values = np.frombuffer(self._take(4 * count, what), "<f4")
         return values.astype(np.float32)
 
-    def _take(self, n_bytes: int, what: str) -> memoryview:
-        if n_bytes > self.left:
-            self.refuse(f" is truncated: {what} ends beyond byte {len(self._raw)}")
-        start, self._start = self._start, self._start + n_bytes
-        return self._raw[start : self._start]
+    def _take(self, n_bytes: int, what: str) -> bytes:
+        found = self._file.read(n_bytes) if n_bytes <= self.left else b""
+        if len(found) < n_bytes:
+            self.refuse(f" is truncated: {what} ends beyond byte {self._size}")
+        self.left -= n_bytes
+        return found

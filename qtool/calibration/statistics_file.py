@@ -68,6 +68,7 @@ class Statistics:
         sequence_length: tokens of a window.
         experts: of tensors that hold several matrices, each with inputs of its own.
         warnings: one line for each kind of thing that was wrong in a file.
+        unusable: tensors that are there, of which no value can be used.
     """
 
     moments: Mapping[str, Moments]
@@ -76,6 +77,7 @@ class Statistics:
     sequence_length: int
     experts: Mapping[str, ExpertMoments] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    unusable: frozenset[str] = frozenset()
 
     def importance(self, name: str) -> Tensor | None:
         """Return mean x^2 of a tensor's inputs, [C] or [experts, C]; None if it is not known."""
@@ -177,6 +179,7 @@ def _from_gguf(contents: GgufContents) -> Statistics:
         _integer(contents, CHUNK_SIZE),
         experts,
         faults.warnings(where),
+        frozenset(faults.unusable),
     )
 
 
@@ -213,9 +216,9 @@ def _from_legacy(path: Path, found: LegacyMatrix) -> Statistics:
             magnitudes = usable_magnitudes(None, counts, means)
             moments[name] = _moments(calls * LEGACY_CHUNK, magnitudes, means)
     datasets = (Path(found.dataset).name,) if found.dataset else ()
-    return Statistics(
-        moments, datasets, found.chunks, LEGACY_CHUNK, {}, faults.warnings(shown_path(path))
-    )
+    warnings = faults.warnings(shown_path(path))
+    unusable = frozenset(faults.unusable)
+    return Statistics(moments, datasets, found.chunks, LEGACY_CHUNK, {}, warnings, unusable)
 
 
 def _moments(tokens: int, magnitudes: Floats, means: Floats) -> Moments:

@@ -13,7 +13,7 @@ statistic is that of a text they never see.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -225,13 +225,24 @@ def _bare(row: Row) -> str:
     return row.text or "\n\n".join(message["content"] for message in row.messages)
 
 
+class _Panics:
+    """Turns what a library in Rust raises where it gives up, which is no Exception, into one."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        if kind is not None and kind.__name__ == "PanicException":  # it cannot be imported
+            raise RuntimeError(str(error))
+
+
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
     faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
     try:
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        with _Panics():
+            batch = tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
         ids: list[list[int]] = batch["input_ids"]
     except faults as error:
         where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
@@ -242,13 +253,20 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
+def _encoded(tokenizer: Any, texts: list[str], needed: int) -> Iterable[list[int]]:
+    """Return the ids of texts; of those too long for one call, no more than about `needed`."""
+    if sum(map(len, texts)) <= LONGEST_CALL:
+        return _encode(tokenizer, texts)
+    return (_stream(tokenizer, iter([Row(text)]), needed).tolist() for text in texts)
+
+
 def _joined(tokenizer: Any, rows: Iterator[Row], needed: int, templated: bool) -> Tensor:
     """Tokenize shuffled rows, one document after the other, until `needed` tokens exist."""
     stream: list[int] = []
     end = tokenizer.eos_token_id
     while len(stream) < needed and (batch := list(islice(rows, BATCH))):
         texts = _rendered(tokenizer, batch, templated)
-        for row, ids in zip(batch, _encode(tokenizer, texts), strict=True):
+        for row, ids in zip(batch, _encoded(tokenizer, texts, needed), strict=True):
             stream += ids
             if ids and end is not None and not (templated and row.messages):
                 stream.append(end)

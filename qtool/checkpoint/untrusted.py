@@ -185,8 +185,12 @@ def refuse_bomb(raw: bytes, where: str) -> None:
     Raises:
         DamagedError: it is such.
     """
-    if len(raw) <= SMALL_JSON_BYTES:
-        return
-    entries = len(raw) // 20
-    if max(raw.count(b"{"), raw.count(b"["), raw.count(b",") // 4) > entries:
+    if is_bomb(raw):
         raise DamagedError(f"{where} is not made of tensor entries", GET_AGAIN)
+
+
+def is_bomb(raw: bytes) -> bool:
+    """Tell whether large JSON consists of brackets and commas more than of words."""
+    entries = len(raw) // 20
+    marks = (b"{", 1), (b"[", 1), (b",", 4)
+    return len(raw) > SMALL_JSON_BYTES and any(raw.count(m) // n > entries for m, n in marks)

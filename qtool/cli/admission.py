@@ -66,9 +66,10 @@ def admitted_for(
     """
     from qtool.calibration.datasets import from_recipe, parse_dataset
 
-    specs = [from_recipe(entry) for entry in recipe.calibration.datasets]
-    if recipe.eval.metrics:
-        specs.append(parse_dataset(recipe.eval.data))
+    with naming(file) if file is not None else nullcontext():
+        specs = [from_recipe(entry) for entry in recipe.calibration.datasets]
+        if recipe.eval.metrics:
+            specs.append(parse_dataset(recipe.eval.data))
     # A method that reads no such file says so itself.
     usable = recipe.quantize.method in {"rtn", "awq"}
     checkpoint = admitted(

@@ -132,10 +132,7 @@ def evaluate(
         from qtool.evaluation.gates import check_gates, gate_error, parse_gates
 
         limits = parse_gates(gates)
-        if report_directory is not None:
-            from qtool.evaluation.report import check_report
-
-            check_report(report_directory)
+        _check_report(report_directory, ())
         from functools import partial
 
         from qtool.calibration.datasets import parse_dataset
@@ -156,7 +153,9 @@ def evaluate(
         # --revision is that of the original, or without one of the models themselves.
         own = revision if reference is None else None
         found = [admit(name, revision=own) for name in models]
-        check_files([*found, *([original] if original else [])])
+        read = [*found, *([original] if original else [])]
+        check_files(read)
+        _check_report(report_directory, read)
 
         asked = task_options.TaskRequest(
             task_files,
@@ -221,6 +220,14 @@ def _saying_what_is_kept(cache: Path | None) -> Iterator[None]:
             f"run the same command to go on: what is known so far is kept in {cache}",
             resumable=True,
         ) from error
+
+
+def _check_report(directory: Path | None, models: Sequence[Checkpoint]) -> None:
+    """Refuse a place for the report, before and when it is known which models are read."""
+    if directory is not None:
+        from qtool.evaluation.report import check_report
+
+        check_report(directory, [model.path for model in models if model.path.is_dir()])
 
 
 def _write_report(

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtool.checkpoint.untrusted import printable
+from qtool.checkpoint.untrusted import printable, shown_path
 from qtool.console import printable_line
 from qtool.evaluation.gates import gate_error, gate_json, shown_outcome
 from qtool.pipeline.artifact import calibration_of, environment, resources_of
@@ -200,7 +200,8 @@ def _placed(output: PlannedOutput, path: Path) -> Path:
 
 def typed(path: Path) -> str:
     """Return a path as one types it: what lies here starts with a dot."""
-    return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
+    shown = shown_path(path)
+    return shown if path.is_absolute() or path.parts[:1] == ("..",) else f"./{shown}"
 
 
 def _metric_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

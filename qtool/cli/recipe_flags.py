@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from qtool.calibration.datasets import to_recipe
 from qtool.checkpoint.locate import Checkpoint
+from qtool.checkpoint.untrusted import naming
 from qtool.cli.calibration_data import dataset_specs
 from qtool.errors import UsageError
 from qtool.evaluation.gates import check_measurable, parse_gates
@@ -59,6 +61,9 @@ def build_recipe(
     data: dict[str, Any] = {"version": 1} if file is None else read_mapping(file)
     if model is not None:
         section = data.get("model")
+        if section is not None:  # what is wrong in it is wrong, though another takes its place
+            stated = {"id": model, **section} if isinstance(section, dict) else section
+            parse_recipe({**data, "model": stated}, str(file))
         data["model"] = {**section, "id": model} if isinstance(section, dict) else {"id": model}
         if flags.get("revision") is None and isinstance(section, dict) and file is not None:
             # The recipe's revision belongs to the recipe's model.
@@ -72,7 +77,9 @@ def build_recipe(
     _apply_flags(data, flags)
     data = apply_overrides(data, settings)
     recipe = parse_recipe(data, "command line")
-    _check_gates(recipe)
+    ours = file is not None and not flags.get("gates") and not settings
+    with naming(file) if file is not None and ours else nullcontext():
+        _check_gates(recipe)
     return recipe if recipe.ladder else resolved(recipe)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 from qtool.checkpoint.untrusted import printable
 from qtool.errors import GateError, UsageError
+from qtool.recipe.schema import LONGEST_GATE
 from qtool.recipe.sizes import parse_size, shown_size
 
 EXAMPLES = (
@@ -131,7 +132,7 @@ def parse_gate(text: str) -> Gate:
     Raises:
         UsageError: an unknown name or operator, or a limit that the name does not take.
     """
-    match = _GATE.fullmatch(text)
+    match = _GATE.fullmatch(text) if len(text) <= LONGEST_GATE else None
     if match is None:
         raise UsageError(f"'{printable(text)}' is not a gate", EXAMPLES)
     name, task, operator = match[1].lower(), match[2] or "", match[3]
@@ -167,7 +168,12 @@ def _limit(name: str, text: str, expression: str) -> float:
             return 1.0
         raise UsageError(f"gate '{printable(expression)}': {name} can only be 'same'", EXAMPLES)
     if kind == "size":
-        return float(parse_size(text))
+        try:
+            return float(parse_size(text))
+        except UsageError as error:
+            raise UsageError(
+                f"gate '{printable(expression)}': {error.message}", EXAMPLES
+            ) from error
     number = _NUMBER.fullmatch(text)
     if number is None or not math.isfinite(float(number[1])):
         raise UsageError(

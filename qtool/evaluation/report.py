@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,31 @@ def write_report(result: Mapping[str, Any], directory: Path) -> tuple[Path, ...]
     return tuple(final / name for name in files)
 
 
-def check_report(directory: Path) -> Path:
+def check_report(directory: Path, models: Sequence[Path] = ()) -> Path:
     """Return the absolute path of a report, or refuse it before hours of evaluation.
 
+    Args:
+        directory: where it shall be.
+        models: directories that are only read, which it may not lie in.
+
     Raises:
-        UsageError: a file, a link, or a directory with something else than a report in it.
+        UsageError: a file, a link, a directory with something else than a report in it, or a
+            place where none can be made.
     """
     try:
-        return _ReportDirectory(directory).final
+        final = _ReportDirectory(directory).final
     except QtoolError as error:
         raise _about_report(error) from error
+    above = next(path for path in final.parents if path.exists())
+    why = "" if above.is_dir() else f"{shown_path(above)} is not a directory"
+    inside = next((m for m in models if m.resolve() in final.parents), None)
+    why = why if inside is None else f"it lies inside the model {shown_path(inside)}"
+    if why:
+        raise UsageError(
+            f"the report {shown_path(directory)} cannot be written: {why}",
+            "choose another directory for --report",
+        )
+    return final
 
 
 class _ReportDirectory(OutputDirectory):

@@ -15,6 +15,7 @@ from qtool.checkpoint.gguf_values import Value, u32
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.formats.gguf_vocab import vocabulary
+from qtool.formats.protocol import FORMATS
 from qtool.memory.expected_tensors import check_tensors, llama_name
 from qtool.memory.shape import ModelShape, TensorSpec
 from qtool.memory.shape_of_config import shape_of_config
@@ -36,7 +37,13 @@ def shape_of_headers(checkpoint: Checkpoint) -> ModelShape:
     """
     shape = shape_of_config(checkpoint.config, name=checkpoint.name)
     family = FAMILIES[str(checkpoint.config["model_type"])] if _has_family(checkpoint) else None
-    if family is None or not checkpoint.refs or checkpoint.config.get("quantization_config"):
+    if family is None or not checkpoint.refs:
+        return shape
+    declared = checkpoint.config.get("quantization_config")
+    if declared:
+        # How others than these formats call what they pack is not known here.
+        if isinstance(declared, dict) and declared.get("quant_method") in tuple(FORMATS):
+            check_tensors(checkpoint, family, shape)
         return shape
     check_tensors(checkpoint, family, shape)
     found = {llama_name(name, family): ref for name, ref in checkpoint.refs.items()}

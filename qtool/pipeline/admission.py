@@ -14,6 +14,7 @@ from qtool.calibration.tokenizer_trial import check_tokenizer
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
 from qtool.checkpoint.untrusted import GET_AGAIN, naming, printable, read_json_object, shown_path
 from qtool.errors import DamagedError, UnsupportedError
+from qtool.formats.gguf_file_types import file_type_named
 from qtool.formats.gguf_pretokenizers import flattened
 from qtool.formats.gguf_vocab import vocabulary
 from qtool.formats.gguf_vocab_files import TokenizerFiles, read_tokenizer_files
@@ -25,7 +26,7 @@ from qtool.model.family import family_of
 from qtool.model.gguf_metadata import model_metadata
 from qtool.pipeline.found_linears import block_linears, check_rules
 from qtool.pipeline.gguf_admission import admit_gguf
-from qtool.pipeline.rule_trial import EXPRESSION, MAX_SECONDS, check_patterns, slow_expression
+from qtool.pipeline.rule_trial import EXPRESSION, MAX_SECONDS, check_patterns, slow_pattern
 from qtool.recipe.rules import first_match
 from qtool.recipe.schema import Quantize, Recipe
 
@@ -123,16 +124,17 @@ def _check_expressions(declared: Mapping[str, Any], checkpoint: Checkpoint) -> N
     entries = list(groups.values()) if isinstance(groups, dict) else []
     targets = [entry.get("targets") for entry in entries if isinstance(entry, dict)]
     stated = [one for names in targets if isinstance(names, list) for one in names]
-    named = [one for one in stated if isinstance(one, str) and one.startswith(EXPRESSION)]
-    found = [one.removeprefix(EXPRESSION) for one in named]
+    found = [one for one in stated if isinstance(one, str) and one.startswith(EXPRESSION)]
     if isinstance(dynamic, dict):
-        found += [key.removeprefix("+:") for key in dynamic if not key.startswith("-:")]
+        found += [
+            EXPRESSION + key.removeprefix("+:") for key in dynamic if not key.startswith("-:")
+        ]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.refs))
-    if (slow := slow_expression(found, modules)) is not None:
+    if (slow := slow_pattern(found, modules)) is not None:
         raise DamagedError(
             f"{shown_path(checkpoint.path / CONFIG_FILE)}: quantization_config has the pattern "
-            f"'{printable(slow)}', which takes more than {MAX_SECONDS:g} seconds to match the "
-            "names of the model",
+            f"'{printable(slow.removeprefix(EXPRESSION))}', which takes more than "
+            f"{MAX_SECONDS:g} seconds to match the names of the model",
             "do not trust this model; get it from its original source",
         )
 
@@ -195,6 +197,8 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
         if name not in FORMATS:
             FORMATS[name]  # raises, with the nearest name
     gguf = [export for export in recipe.export if export.gguf_type is not None]
+    for export in gguf:
+        file_type_named(export.format)
     if gguf:
         check_conversion(checkpoint, pre=gguf[0].pre)
     if not packed:

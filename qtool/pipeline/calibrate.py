@@ -27,7 +27,7 @@ from qtool.checkpoint.reader import TensorReader, check_finite
 from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import UsageError
 from qtool.formats.reading import DenseSource
-from qtool.model.conversion import is_tied
+from qtool.model.conversion import EMBEDDING, is_tied
 from qtool.model.family import Family, family_of
 from qtool.model.skeleton import Skeleton, skeleton_of
 from qtool.model.streaming import Stream, observe
@@ -35,6 +35,7 @@ from qtool.model.trace import final_norm
 from qtool.pipeline.linears import STORED_DTYPES
 from qtool.pipeline.progress import Progress
 
+TABLE_VALUES = 1 << 22  # of head and embeddings, read at once
 OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
 # What the caller knows of a tensor: its columns, or its matrices and their columns.
 Columns = int | tuple[int, int]
@@ -108,6 +109,7 @@ def calibrate(
             device=device,
         )
         n_blocks = len(skeleton.blocks)
+        _check_unread(checkpoint, family, reader)
         progress.start("calibrating", n_blocks, done=len(finished.blocks))
         stream = Stream(skeleton, source, windows.ids, spill, held_bytes=held_bytes)
         index = 0
@@ -174,6 +176,22 @@ def head_inputs(skeleton: Skeleton, source: DenseSource, stream: Stream) -> Mome
     return found
 
 
+def _check_unread(checkpoint: Checkpoint, family: Family, reader: TensorReader) -> None:
+    """Refuse a head or embeddings that are not finite: no text reads all of them.
+
+    Raises:
+        NumericalError: they hold NaN or infinity; names the tensor.
+    """
+    for name in (f"{EMBEDDING}.weight", f"{family.head}.weight"):
+        if name not in checkpoint.refs:
+            continue
+        rows, columns = checkpoint.refs[name].shape
+        step = max(TABLE_VALUES // columns, 1)
+        for start in range(0, rows, step):
+            tile = reader.rows(name, start, min(start + step, rows))
+            check_finite(name, tile, reader.file(name))
+
+
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the checkpoint's largest dense tensor."""
     refs = [ref for ref in checkpoint.refs.values() if ref.dtype in STORED_DTYPES]
@@ -220,7 +238,7 @@ def statistics_for(
         found[block].setdefault(tap, moments)
     absent = [name for (block, tap), name in missing.items() if tap not in found[block]]
     if absent and (complete or not any(found.values())):
-        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+        raise _absent(path, absent[0], statistics)
     return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
 
 
@@ -254,7 +272,7 @@ def importance_for(
         found[name] = importance.reshape(shape)
     absent = [name for name in names if name not in found and name not in {OUTPUT, EMBEDDINGS}]
     if absent and not found:
-        raise _of_another_model(path, f"lacks '{absent[0]}'", None)
+        raise _absent(path, absent[0], statistics)
     return found, replace(statistics, warnings=statistics.warnings + _lacking(path, absent))
 
 
@@ -262,6 +280,16 @@ def _lacking(path: Path, absent: list[str]) -> tuple[str, ...]:
     if not absent:
         return ()
     return (f"{shown_path(path)} lacks {listed(absent)}: rounded without importance",)
+
+
+def _absent(path: Path, name: str, statistics: Statistics) -> UsageError:
+    if name not in statistics.unusable:
+        return _of_another_model(path, f"lacks '{name}'", None)
+    return UsageError(
+        f"{shown_path(path)} has no usable value for '{name}': all are negative, too large, zero "
+        "or not finite",
+        "run qtool calibrate on this model",
+    )
 
 
 def _of_another_model(path: Path, what: str, columns: Columns | None) -> UsageError:

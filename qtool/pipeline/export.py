@@ -19,7 +19,7 @@ from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.output import output_place
 from qtool.checkpoint.reader import TensorReader
 from qtool.checkpoint.untrusted import naming
-from qtool.errors import UnsupportedError, UsageError
+from qtool.errors import UnsupportedError, UsageError, shortened
 from qtool.evaluation.gguf_contents import check_is_model
 from qtool.formats.gguf_mixes import ModelFacts, file_type_named
 from qtool.formats.protocol import FORMATS
@@ -88,8 +88,8 @@ def plan_export(
     for rule in rules:
         if rule.type is None:
             raise UsageError(
-                f"rule '{rule.match}' gives bits or a group size, but a GGUF has types",
-                f"write for example --override '{rule.match}=Q6_K'",
+                f"rule '{shortened(rule.match)}' gives bits or a group size, but a GGUF has types",
+                f"write for example --override '{shortened(rule.match)}=Q6_K'",
             )
     if checkpoint.gguf:
         model = _model_of_gguf(checkpoint)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtool.checkpoint.locate import Checkpoint
-from qtool.errors import DamagedError, UsageError
+from qtool.errors import DamagedError, UsageError, shortened
 from qtool.model.conversion import converted_tensors
 from qtool.model.family import Family
 from qtool.recipe.rules import matches
@@ -83,18 +83,18 @@ def check_rules(
     for rule in recipe.rules:
         if not any(matches(rule.match, name) for name in names):
             raise UsageError(
-                f"rule '{rule.match}' matches no linear of the model",
+                f"rule '{shortened(rule.match)}' matches no linear of the model",
                 f"names look like {next(iter(modules))}",
             )
         if not gguf and not rule.keep and not rule.changes:
             raise UsageError(
-                f"rule '{rule.match}' gives a type of GGUF, but no output is a GGUF",
+                f"rule '{shortened(rule.match)}' gives a type of GGUF, but no output is a GGUF",
                 "give bits, or --format gguf:Q4_K_M",
             )
         if len(gguf) == len(recipe.export) and not rule.keep and rule.type is None:
             raise UsageError(
-                f"rule '{rule.match}' gives bits or a group size, but a GGUF has types",
-                f"write for example --override '{rule.match}=Q6_K'",
+                f"rule '{shortened(rule.match)}' gives bits or a group size, but a GGUF has types",
+                f"write for example --override '{shortened(rule.match)}=Q6_K'",
             )
 
 

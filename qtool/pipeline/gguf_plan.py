@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qtool.checkpoint.gguf_values import Value, u32
 from qtool.checkpoint.locate import Checkpoint
-from qtool.errors import UnsupportedError, UsageError
+from qtool.errors import UnsupportedError, UsageError, shortened
 from qtool.formats.gguf_file_types import FILE_TYPES
 from qtool.formats.gguf_mixes import (
     ChosenType,
@@ -230,12 +230,13 @@ def check_type_rules(name: str, tensors: Sequence[ConvertedTensor], rules: Seque
             continue
         if shared and any(matches(rule.match, head) for head in ("lm_head", "output")):
             raise UsageError(
-                f"rule '{rule.match}' matches nothing: the embeddings of {name} serve as its head",
+                f"rule '{shortened(rule.match)}' matches nothing: the embeddings of {name} "
+                "serve as its head",
                 f"name them instead: --override 'token_embd={rule.type}', or --output-type "
                 f"{rule.type}",
             )
         raise UsageError(
-            f"rule '{rule.match}' matches no matrix of {name}",
+            f"rule '{shortened(rule.match)}' matches no matrix of {name}",
             f"names look like {' or '.join(dict.fromkeys(example))}",
         )
 

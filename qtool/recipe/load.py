@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from qtool.errors import UsageError
+from qtool.errors import UsageError, shortened
 from qtool.recipe.schema import Recipe, Section
 from qtool.recipe.yaml_text import MAX_BYTES, read_yaml
 from qtool.registry import nearest
@@ -117,7 +117,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     """
     result = copy.deepcopy(data)
     for override in overrides:
-        place = f"--set {override}"
+        place = f"--set {shortened(override)}"
         path, separator, value = override.partition("=")
         keys = path.strip().split(".")
         if not separator or not all(keys):
@@ -250,6 +250,8 @@ def _expected(problem: ErrorDetails) -> str:
         return str(context["error"])
     if problem["type"] == "literal_error":
         return str(context["expected"])
+    if "max_length" in context and problem["type"] == "string_too_long":
+        return f"text of at most {context['max_length']} characters"
     for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
         if name in context:
             return f"{sign} {context[name]}"
@@ -259,8 +261,8 @@ def _expected(problem: ErrorDetails) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()  # as YAML writes it
-    return "empty" if value is None else repr(value)
+    return "empty" if value is None else shortened(repr(value))
 
 
 def _dotted(location: Keys) -> str:
-    return ".".join(map(str, location))
+    return shortened(".".join(map(str, location)))

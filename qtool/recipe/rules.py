@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import yaml
-
-from qtool.errors import UsageError
+from qtool.errors import UsageError, shortened
 from qtool.ggml_types import GGML_TYPES
 from qtool.recipe.load import validated
 from qtool.recipe.schema import Rule
+from qtool.recipe.yaml_text import read_yaml
 
 OVERRIDE_FORM = "for example --override 'down_proj=bits:8,group_size:32' or 'attn_v=Q6_K'"
 
@@ -49,7 +48,7 @@ def parse_override(text: str) -> Rule:
     Raises:
         UsageError: not of that form, an unknown key, or a value that does not fit.
     """
-    place = f"--override '{text}'"
+    place = f"--override '{shortened(text)}'"
     pattern, separator, settings = text.rpartition("=")
     if not separator or not pattern or not settings:
         raise UsageError(f"{place}: not PATTERN=KEY:VALUE", OVERRIDE_FORM)
@@ -60,14 +59,14 @@ def parse_override(text: str) -> Rule:
         key, colon, value = setting.partition(":")
         if not colon or not value.strip():
             raise UsageError(
-                f"{place}: '{setting}' is neither KEY:VALUE nor a type of ggml", OVERRIDE_FORM
+                f"{place}: '{shortened(setting)}' is neither KEY:VALUE nor a type of ggml",
+                OVERRIDE_FORM,
             )
         if key.strip() in data:
-            raise UsageError(f"{place}: the key '{key.strip()}' stands twice", OVERRIDE_FORM)
-        try:
-            data[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{place}: '{value}' is not a value", OVERRIDE_FORM) from error
+            raise UsageError(
+                f"{place}: the key '{shortened(key.strip())}' stands twice", OVERRIDE_FORM
+            )
+        data[key.strip()] = read_yaml(value, place)
     return validated(Rule, data, place)
 
 
@@ -77,4 +76,4 @@ def parse_ignore(pattern: str) -> Rule:
     Raises:
         UsageError: an empty pattern or a bad regular expression.
     """
-    return validated(Rule, {"match": pattern, "keep": True}, f"--ignore '{pattern}'")
+    return validated(Rule, {"match": pattern, "keep": True}, f"--ignore '{shortened(pattern)}'")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qtool.errors import UsageError
+from qtool.errors import UsageError, shortened
 from qtool.ggml_types import GGML_TYPES
 from qtool.recipe.sizes import MOST, parse_size
 
@@ -30,13 +30,16 @@ Length = Annotated[int, Field(ge=2, le=MOST)]
 # GGUF file types that are rounded to nearest unless a method is named.
 UNCALIBRATED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q6_K"})
 
+LONGEST_GATE = 500  # characters; a task's name has at most 100
+LONGEST_PATTERN = 4096  # characters of a rule's `match`
+
 PER_CHANNEL = -1  # group_size: one scale for each output row
 PER_TENSOR = 0  # group_size: one scale for the whole matrix
 
 # What each name may be compared with is told when the figures are known: `evaluation.gates`.
 _GATE = re.compile(
     r"[a-z][a-z0-9_.:-]*\s*"
-    r"(==\s*same|(<=|>=|<|>)\s*-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*(%|[kmgt]?i?b?))",
+    r"(==\s*same|(<=|>=|<|>)\s*-?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*(%|[kmgt]?i?b?))",
     re.IGNORECASE,
 )
 
@@ -117,7 +120,7 @@ class Quantize(Section):
 class Rule(Section):
     """What is different for the modules that `match` names."""
 
-    match: Annotated[str, Field(min_length=1)]
+    match: Annotated[str, Field(min_length=1, max_length=LONGEST_PATTERN)]
     keep: bool = False  # leave in the model's own dtype
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -143,7 +146,9 @@ class Rule(Section):
             try:
                 re.compile(value[3:])
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"a regular expression after 're:' ({error})") from error
+                raise ValueError(
+                    f"a regular expression after 're:' ({shortened(str(error))})"
+                ) from error
         return value
 
     @model_validator(mode="after")
@@ -234,8 +239,10 @@ class Recipe(Section):
     @classmethod
     def _comparisons(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for gate in value:
-            if not _GATE.fullmatch(gate.strip()):
-                raise ValueError(f"comparisons such as kld<=0.05 or size<=5GB, not '{gate}'")
+            if len(gate) > LONGEST_GATE or not _GATE.fullmatch(gate.strip()):
+                raise ValueError(
+                    f"comparisons such as kld<=0.05 or size<=5GB, not '{shortened(gate)}'"
+                )
         return value
 
     @field_validator("max_shard_size")
@@ -255,7 +262,7 @@ def _parsed_size(value: str) -> str:
 def _ggml_type(value: str) -> str:
     named = {name.upper(): name for name in GGML_TYPES}
     if value.upper() not in named:
-        raise ValueError(f"a type of ggml such as Q6_K or F16, not '{value}'")
+        raise ValueError(f"a type of ggml such as Q6_K or F16, not '{shortened(value)}'")
     return named[value.upper()]
 
 

@@ -8,15 +8,41 @@ from typing import Any
 
 import yaml
 
-from qtool.errors import UsageError
+from qtool.errors import UsageError, shortened
 
 MAX_BYTES = 1 << 20  # of a recipe
 MAX_NODES = 20_000  # with every alias written out
 MAX_DEPTH = 32
+MAX_DIGITS = 100  # of a number; no key takes one of more than 20
+# What PyYAML's constructors raise besides its own errors where a text is not what its tag says.
+FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML without constructors of objects, without duplicate keys, with 1e-3 as a number."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Counted as they come: a parser in Python takes long over a megabyte of them.
+        self._composed += 1
+        if self._composed > MAX_NODES:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(
+                None, None, f"it has more than {MAX_NODES} values", mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        number = node.tag in {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+        if number and len(value) > MAX_DIGITS:
+            raise _refusal(node, f"a number of {len(value)} digits")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise _refusal(node, "half of a surrogate pair, which is no character")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -52,14 +78,16 @@ def read_yaml(text: str, place: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, AttributeError) as error:
+    except (*FAULTS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and "\n" in text else ""
         lines = str(error).splitlines()
         why = getattr(error, "problem", None) or (lines[0] if lines else type(error).__name__)
         if isinstance(error, RecursionError):
             why = "it is nested too deeply"
-        raise UsageError(f"{place}{line}: not YAML: {why}", "correct it") from error
+        if isinstance(error, KeyError | TypeError | IndexError):
+            why = "a value is not what its tag says"
+        raise UsageError(f"{place}{line}: not YAML: {shortened(why)}", "correct it") from error
 
 
 def _check_extent(root: yaml.Node) -> None:

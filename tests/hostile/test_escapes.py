@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from builders.llama_gguf import llama_gguf
+from builders.refusals import snapshot
 from builders.tiny_models import tiny_model
 
 from qtool.evaluation.report import write_report
@@ -211,3 +212,17 @@ def test_brackets_in_a_cell_or_a_title_are_no_markup(capsys, text):
     table.add_row(text)
     Terminal().result({}, table)
     assert capsys.readouterr().out.count(text) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("model/report", "inside the model"), ("f/x", "not a directory")]
+)
+def test_a_report_that_cannot_be_is_refused_before_the_evaluation(server, tmp_path, place, said):
+    tiny_model("llama", tmp_path / "model")
+    (tmp_path / "f").write_text("somebody's")
+    before = snapshot(tmp_path)
+    ended = server.run("eval", "model", "--report", place, cwd=tmp_path)
+    assert ended.code == 2, ended.err
+    assert said in ended.message
+    assert not ended.heavy
+    assert snapshot(tmp_path) == before

@@ -186,3 +186,16 @@ def test_eval_refuses_what_is_not_finite_though_no_text_would_meet_it(
     said = capsys.readouterr().err
     assert str(tmp_path / "model" / WEIGHTS) in said
     assert tensor in said
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_memory_is_not_estimated_of_parts_that_config_json_does_not_describe(
+    server, sound, tmp_path, name
+):
+    shutil.copytree(sound / name, tmp_path / "model")
+    assert server.run("estimate-memory", "model", cwd=tmp_path).code == 0
+    tensors(lambda found: found.update({"model.layers.7.x": torch.zeros(2)}))(tmp_path / "model")
+    ended = server.run("estimate-memory", "model", cwd=tmp_path)
+    assert ended.code == 6, ended.err
+    assert "tensor 'model.layers.7.x' is none that config.json describes" in ended.message
+    assert not ended.heavy

@@ -87,7 +87,7 @@ def test_an_override_is_a_rule(text, rule):
         ("a=bits:four", "'bits' is 'four'"),
         ("a=bits:8,bits:4", "the key 'bits' stands twice"),
         ("a=match:b", "the key 'match' stands twice"),
-        ("a=bits:[", "is not a value"),
+        ("a=bits:[", "not YAML"),
         ("a=keep:true,bits:8", "either keep: true or"),
         ("re:(=bits:8", "must be a regular expression"),
     ],
