@@ -10,7 +10,7 @@ import contextlib
 import errno
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -201,6 +201,13 @@ class OutputDirectory:
         sync(self.final.parent)
         return self.final
 
+    def undo(self) -> None:
+        """Take names back; what cannot be undone now is kept for the next run to undo."""
+        try:
+            self.work.undo()
+        except (OSError, KeyboardInterrupt):
+            self._kept = True
+
     def _clean_up(self) -> None:
         self.work.close(keep=self._kept and not self.done)
 
@@ -235,13 +242,26 @@ class OutputFile(OutputDirectory):
         parts = self._parts()
         if not parts:  # somebody removed it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.partial))
-        replaced = {*_parts_of(self.final), self.final}
-        for name, path in self.names().items():
+        names = self.names()
+        without = self._without_successor(names)
+        for name, path in names.items():
             self.work.give_file(path, name)
-        for path in replaced - {self.final.with_name(part.name) for part in parts}:
-            path.unlink(missing_ok=True)  # else two models would share the name
+        for path in without:
+            self.work.set_aside(path)
         sync(self.final.parent)
         return self.final.with_name(parts[0].name)
+
+    def _without_successor(self, names: Collection[str]) -> list[Path]:
+        """Return files of what is replaced that would stay beside the result and contradict it."""
+        stem = self.final.stem
+        parts = {*_parts_of(self.final), self.final}
+        recipe, report = (f"{stem}.{name}" for name in self.COMPANIONS[1:])
+        found = [path for path in parts if path.name not in names and path.exists()]
+        others = [recipe, report]
+        if found:  # a Modelfile names the parts
+            others.append(f"{stem}.{self.COMPANIONS[0]}")
+        stale = [self.final.with_name(name) for name in others if name not in names]
+        return sorted(found) + [path for path in stale if path.is_file()]
 
 
 class PlainFile(OutputDirectory):
@@ -299,8 +319,7 @@ def commit_all(places: Sequence[OutputDirectory]) -> list[Path]:
             found.append(place.give())
     except (OSError, QtoolError, KeyboardInterrupt) as error:
         for given in places:
-            for name in given.work.pending():
-                given.work.take_back(name)
+            given.undo()
         if isinstance(error, OSError):
             raise write_error(place.final, error) from error
         raise

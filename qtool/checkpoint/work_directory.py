@@ -3,6 +3,7 @@
     .NAME.qtool/lock         held while a process works here
     .NAME.qtool/result/      becomes the output, by a rename on the same file system
     .NAME.qtool/committing   there while outputs get their names: who they are, by inode
+    .NAME.qtool/aside/       files that belonged to what is replaced and have no successor
 
 It survives a killed process, so that the next one can go on; it is renamed away, in one step, when
 everything that belongs to a run has its name: to .NAME.qtool-done-PID, which goes at once, or with
@@ -36,7 +37,8 @@ except ImportError:  # Windows has no such locks
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 DONE = "-done-"  # of a directory that is being removed, before the process's id
-MARKER, LOCK, RESULT, REPLACED = "committing", "lock", "result", "replaced"
+MARKER, LOCK, RESULT = "committing", "lock", "result"
+REPLACED, ASIDE = "replaced", "aside"  # a directory, and files, that made way for a result
 MAX_MARKER_BYTES = 16 << 20  # a model has at most 99,999 parts
 ATTEMPTS = 10  # to lock a directory that others are just removing
 
@@ -150,6 +152,7 @@ class WorkDirectory:
             if not keep:
                 with contextlib.suppress(OSError):  # a second interrupt came in between
                     self._put_back()
+                    self._restore()
                 self._remove()
             lock, self._lock = self._lock, None
             with contextlib.suppress(OSError):  # it is closed all the same
@@ -255,9 +258,8 @@ class WorkDirectory:
             OSError: something cannot be renamed.
         """
         check_entries(self.path)
-        finished, pending = self._finished(), self.pending()
-        for name in pending:
-            self.take_back(name)
+        finished = self._finished()
+        self.undo()
         self._put_back()
         if finished:
             self.empty()  # finished: only this directory was not removed
@@ -295,6 +297,40 @@ class WorkDirectory:
         final = self._final.with_name(name)
         if not final.exists() or not exchange(path, final):
             path.rename(final)
+
+    def set_aside(self, path: Path) -> None:
+        """Take the name of a file beside this directory, which goes when the directory goes.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        aside = self.path / ASIDE
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+
+    def undo(self) -> None:
+        """Bring everything beside this directory back to before results got their names.
+
+        A run that has finished is left as it is.
+
+        Raises:
+            OSError: something cannot be renamed.
+        """
+        for name in self.pending():
+            self.take_back(name)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give files that were set aside their names again, unless the result has its own."""
+        marker, aside = self._marker(), self.path / ASIDE
+        given = marker is not None and bool(self._given(marker["inodes"]))
+        if given or aside.is_symlink() or not aside.is_dir():
+            return
+        for path in sorted(aside.iterdir()):
+            final = self._final.with_name(path.name)
+            regular = stat.S_ISREG(path.lstat().st_mode)
+            if regular and self._ours(path.name) and not os.path.lexists(final):
+                path.rename(final)
 
     def _put_back(self) -> None:
         """Give a result that was to be replaced its name again, where nothing has it now."""

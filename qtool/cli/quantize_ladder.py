@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qtool.checkpoint.locate import Checkpoint
     from qtool.checkpoint.output import OutputDirectory
+    from qtool.checkpoint.work_directory import WorkDirectory
     from qtool.console import Terminal
     from qtool.pipeline.ladder import Rung, RungPlan
     from qtool.pipeline.quantize import RunSettings
@@ -51,13 +52,17 @@ def climb(
     recipe = recipe.model_copy(update={"model": pinned})
     rungs = _planned(checkpoint, recipe, output)
     finals = {rung.name: _final(rung, recipe, checkpoint, output, keep_all) for rung in rungs}
+    work = _work(checkpoint, recipe, output, next(iter(finals.values())))
+    work.sweep()  # whatever is refused now, what a killed run was removing goes
     places = {name: _place(path, checkpoint, settings) for name, path in finals.items()}
     if dry_run:
         _show_plan(terminal, checkpoint, rungs, again)
         return
     progress = terminal.progress()
     _check_runs(rungs)
-    found, kept = _climbed(checkpoint, recipe, rungs, settings, places, progress, keep_all=keep_all)
+    found, kept = _climbed(
+        checkpoint, recipe, rungs, settings, work, places, progress, keep_all=keep_all
+    )
     best = winner(found)
     from qtool.cli.quantize_ladder_report import ladder_object, ladder_table
 
@@ -96,6 +101,17 @@ def _final(
     return destinations(rung.plan.recipe, checkpoint, given)[0]
 
 
+def _work(
+    checkpoint: Checkpoint, recipe: Recipe, output: Path | None, first: Path
+) -> WorkDirectory:
+    """Return where rungs are tried: beside the output, and named after it where it has a name."""
+    from qtool.checkpoint.work_directory import WorkDirectory
+
+    given = output if output is not None else Path(recipe.output) if recipe.output else None
+    name = checkpoint.name if given is None else given.resolve().name
+    return WorkDirectory(first.parent.resolve() / f"{name}-ladder")
+
+
 def _place(final: Path, checkpoint: Checkpoint, settings: RunSettings) -> OutputDirectory:
     from qtool.checkpoint.output import output_place
 
@@ -115,13 +131,13 @@ def _climbed(
     recipe: Recipe,
     rungs: Sequence[RungPlan],
     settings: RunSettings,
+    work: WorkDirectory,
     places: dict[str, OutputDirectory],
     progress: Any,
     *,
     keep_all: bool,
 ) -> tuple[list[Rung], dict[str, Path]]:
     """Try the rungs and give what is kept its name; return both."""
-    from qtool.checkpoint.work_directory import WorkDirectory
     from qtool.cli.calibration_data import calibration_windows
     from qtool.cli.quantize_measure import measurer_of
     from qtool.evaluation.gates import parse_gates
@@ -137,8 +153,6 @@ def _climbed(
             cached.append(Calibration(calibration_windows(checkpoint, recipe, progress)))
         return cached[0]
 
-    first = next(iter(places.values())).final
-    work = WorkDirectory(first.with_name(f"{checkpoint.name}-ladder"))
     keep = True
     work.open()
     try:
@@ -191,6 +205,7 @@ def _named(rungs: Sequence[Rung], places: dict[str, OutputDirectory]) -> dict[st
     """Give outputs their names, all together; return rung -> what opens it."""
     import contextlib
 
+    from qtool.checkpoint.disk_errors import write_error
     from qtool.checkpoint.output import commit_all
 
     if not rungs:
@@ -198,8 +213,12 @@ def _named(rungs: Sequence[Rung], places: dict[str, OutputDirectory]) -> dict[st
     with contextlib.ExitStack() as stack:
         for rung in rungs:
             partial = stack.enter_context(places[rung.name])
-            if rung.directory is not None:
+            if rung.directory is None:
+                continue
+            try:
                 rung.directory.rename(partial)  # an empty directory
+            except OSError as error:
+                raise write_error(places[rung.name].final, error) from error
         opened = commit_all([places[rung.name] for rung in rungs])
     return {rung.name: path for rung, path in zip(rungs, opened, strict=True)}
 

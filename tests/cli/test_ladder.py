@@ -80,7 +80,7 @@ def test_none_that_passes_is_exit_code_3_and_other_gates_need_no_work(
     # Eight bits lost too much: fewer cannot do better.
     assert [*rungs(value).values()] == ["failed", *["skipped"] * 4]
     assert f"{INT8} comes nearest" in outcome.err
-    assert left(here) == [".model-ladder.qtool"]
+    assert left(here) == [".out-ladder.qtool"]
 
     done = []
 

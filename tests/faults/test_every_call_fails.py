@@ -28,6 +28,10 @@ TO_GGUF = ("-m", "rtn", "--eval", "none", "-f")
 BEFORE = {  # what makes the older result of a command that replaces one
     "replaced directory": ("quantize", "model", *INTEGERS, "-b", "4", "-o", "out"),
     "replaced file": ("quantize", "wide", *TO_GGUF, "gguf:Q4_0", "-o", "x.gguf"),
+    "replaced parts": (
+        *("export", "wide", "-f", "gguf:F16", "--split-max-size", "500KB"),
+        *("--modelfile", "-o", "x.gguf"),
+    ),
 }
 COMMANDS = {
     "rtn": ("quantize", "model", *INTEGERS, "-b", "8", "-o", "out"),
@@ -45,6 +49,10 @@ COMMANDS = {
         *("quantize", "wide", *TO_GGUF, "gguf:Q8_0"),
         *("--overwrite", "-o", "x.gguf"),
     ),
+    "replaced parts": (
+        *("export", "wide", "-f", "gguf:Q8_0", "--split-max-size", "1MB"),
+        *("--overwrite", "-o", "x.gguf"),
+    ),
     "export to gguf": ("export", "wide", "-f", "gguf:Q8_0", "-o", "x.gguf"),
     "export to safetensors": ("export", "model", "-f", "safetensors:F32", "-o", "out"),
     "calibrate": ("calibrate", "model", *SMALL, "-o", "stats.gguf"),
@@ -59,7 +67,7 @@ QUICK = {"export to safetensors"}  # the rest are slow
 # only every so many where a command takes long, unless QTOOL_FAULTS=all: `make faults`.
 STEP = 40
 ALL = os.environ.get("QTOOL_FAULTS") == "all"
-FEW = {"export to safetensors": 1, "rtn": 4}
+FEW = {"export to safetensors": 1, "rtn": 4, "replaced parts": 8}
 FEWEST = 24
 BLOCKS = 2  # of the models
 
@@ -200,7 +208,9 @@ def test_a_disk_that_stays_full(place, name):
         check_failing(here, number, 4, error=errno.ENOSPC, lasting=True)
 
 
-@pytest.mark.parametrize("name", commands(["rtn", "gptq", "replaced file", "export to gguf"]))
+@pytest.mark.parametrize(
+    "name", commands(["rtn", "gptq", "replaced file", "replaced parts", "export to gguf"])
+)
 def test_a_broken_disk_at_any_call(place, name):
     here = place(name)
     for number in tried(here, 3):
@@ -246,7 +256,9 @@ def test_killed_at_any_call(place, name, after):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("name", commands(["rtn", "two plans", "calibrate", "report"]))
+@pytest.mark.parametrize(
+    "name", commands(["rtn", "two plans", "replaced parts", "calibrate", "report"])
+)
 def test_a_signal_at_any_call(place, name, sent):
     here = place(name)
     for number in tried(here, 4):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint import work_directory
+from qtool.checkpoint import output, work_directory
 from qtool.checkpoint.disk_errors import write_error
 from qtool.checkpoint.output import (
     OutputDirectory,
@@ -278,6 +278,117 @@ def test_files_that_have_their_names_already_are_taken_back(tmp_path, monkeypatc
     with OutputFile(tmp_path / "x.gguf", resume=True) as partial:
         assert (partial / "x-00001-of-00002.gguf").exists()
         assert not list(tmp_path.glob("x*"))
+
+
+OLD = ("x-00001-of-00003.gguf", "x-00002-of-00003.gguf", "x-00003-of-00003.gguf", "x.Modelfile",
+       "x.qtool-report.json", "x.qtool-recipe.yaml")  # fmt: skip
+REPLACEMENTS = {
+    "one file": ("x.gguf",),
+    "two parts": ("x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "qtool-recipe.yaml"),
+}
+
+
+def texts(directory):
+    return {p.name: p.read_text() for p in directory.iterdir() if not p.name.startswith(".")}
+
+
+def replacing(tmp_path, names):
+    """A place whose result has `names`, where a model in three parts with companions lies."""
+    for name in OLD:
+        (tmp_path / name).write_text(f"old {name}")
+    place = OutputFile(tmp_path / "x.gguf", overwrite=True)
+    partial = place.__enter__()
+    for name in names:
+        (partial / name).write_text("new")
+    return place
+
+
+def given(names):
+    return {name if name.startswith("x") else f"x.{name}": "new" for name in names}
+
+
+@pytest.mark.parametrize("names", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_nothing_of_a_replaced_model_stays_beside_the_new_one(tmp_path, names):
+    place = replacing(tmp_path, names)
+    place.commit()
+    place.__exit__(None, None, None)
+    assert texts(tmp_path) == given(names)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_modelfile_stays_beside_a_replaced_file_that_it_names(tmp_path):
+    (tmp_path / "x.gguf").write_text("old")
+    (tmp_path / "x.Modelfile").write_text("edited by hand")
+    place = OutputFile(tmp_path / "x.gguf", overwrite=True)
+    (place.__enter__() / "x.gguf").write_text("new")
+    place.commit()
+    assert texts(tmp_path) == {"x.gguf": "new", "x.Modelfile": "edited by hand"}
+
+
+@pytest.mark.parametrize("names", REPLACEMENTS.values(), ids=REPLACEMENTS)
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("step", ["give_file", "set_aside", "sync"])
+def test_whatever_stops_a_replacement_all_of_the_old_model_is_there(
+    tmp_path, monkeypatch, names, error, step
+):
+    place = replacing(tmp_path, names)
+    old = texts(tmp_path)
+    where = work_directory.WorkDirectory if step != "sync" else output
+    right, calls = getattr(where, step), []
+
+    def stops_last(*arguments):
+        right(*arguments)
+        if step != "sync" or arguments[0] == tmp_path:
+            calls.append(arguments)
+            if len(calls) == (len(names) if step == "give_file" else 1):
+                raise error
+
+    monkeypatch.setattr(where, step, stops_last)
+    with pytest.raises((DamagedError, KeyboardInterrupt)):
+        place.commit()
+    assert calls
+    assert texts(tmp_path) == old
+    monkeypatch.undo()
+    place.__exit__(None, None, None)
+    assert texts(tmp_path) == old
+
+
+def test_what_cannot_be_undone_is_undone_by_the_next_run(tmp_path, monkeypatch):
+    names = REPLACEMENTS["two parts"]
+    place = replacing(tmp_path, names)
+    old = texts(tmp_path)
+
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(output, "sync", lambda path: broken() if path == tmp_path else None)
+    monkeypatch.setattr(work_directory.WorkDirectory, "take_back", broken)
+    with pytest.raises(DamagedError):
+        place.commit()
+    place.__exit__(None, None, None)
+    monkeypatch.undo()
+    assert texts(tmp_path) != old
+    with OutputFile(tmp_path / "x.gguf", overwrite=True):
+        assert texts(tmp_path) == old
+    assert texts(tmp_path) == old
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_only_files_of_the_result_are_brought_back(tmp_path, marked):
+    """Of a work directory that came with somebody's archive."""
+    place = OutputFile(tmp_path / "x.gguf")
+    place.work.path.mkdir()
+    aside = place.work.path / "aside"
+    aside.mkdir()
+    (aside / "x-00001-of-00002.gguf").write_text("ours")
+    (aside / "other.gguf").write_text("no name of this result")
+    (aside / "x.Modelfile").symlink_to("/etc/passwd")
+    if marked:
+        (place.work.path / "committing").write_text('{"first": "/nowhere", "inodes": {}}')
+    place.work.open()
+    place.work.recover()
+    assert texts(tmp_path) == {"x-00001-of-00002.gguf": "ours"}
 
 
 def test_a_link_in_place_of_the_work_directory_is_refused(tmp_path):
