@@ -117,7 +117,7 @@ class _Position:
 
     def floats(self, what: str) -> NDArray[np.float32]:
         count = self.integer(what)
-        if not 1 <= count <= MOST_VALUES:
+        if count < 1 or (count > MOST_VALUES and 4 * count <= self.left):
             self.refuse(f": {what} claims {count} values")
         values = np.frombuffer(self._take(4 * count, what), "<f4")
         return values.astype(np.float32)

@@ -22,6 +22,7 @@ from qtool.errors import QtoolError, UsageError
 
 # What makes a directory look like a model, so that --overwrite may replace it.
 MODEL_MARKS = ("config.json", "qtool-recipe.yaml")
+IMPATIENCE = 10  # interrupts that are not heeded while names are taken back
 
 
 def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> Path:
@@ -203,10 +204,15 @@ class OutputDirectory:
 
     def undo(self) -> None:
         """Take names back; what cannot be undone now is kept for the next run to undo."""
-        try:
-            self.work.undo()
-        except (OSError, KeyboardInterrupt):
-            self._kept = True
+        for _ in range(IMPATIENCE):
+            try:
+                self.work.undo()
+            except KeyboardInterrupt:
+                continue
+            except OSError:
+                break
+            return
+        self._kept = True
 
     def _clean_up(self) -> None:
         self.work.close(keep=self._kept and not self.done)

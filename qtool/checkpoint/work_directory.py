@@ -260,7 +260,6 @@ class WorkDirectory:
         check_entries(self.path)
         finished = self._finished()
         self.undo()
-        self._put_back()
         if finished:
             self.empty()  # finished: only this directory was not removed
         (self.path / MARKER).unlink(missing_ok=True)
@@ -318,6 +317,7 @@ class WorkDirectory:
         """
         for name in self.pending():
             self.take_back(name)
+        self._put_back()
         self._restore()
 
     def _restore(self) -> None:
