@@ -307,6 +307,6 @@ def _rounding(tap: Tap, run: Run) -> Part:
     if not (hessian or run.propagated):
         return _part("rounding", _about(3 * tap.weight), "3 float32 copies of the weights")
     copies = 11 if hessian else 8
-    most = max(tap.square * 7 // 4, tap.square + copies * tap.weight // 2)
-    why = f"1.75 x 4 x C^2, or 4 x C^2 and {copies / 2:g} float32 copies of the weights"
+    most = max(tap.square * 7 // 4 + tap.weight, tap.square + copies * tap.weight // 2)
+    why = f"1.75 x 4 x C^2 and the weights in float32, or 4 x C^2 and {copies / 2:g} of them"
     return _part("factors and rounding", _about(most), why)

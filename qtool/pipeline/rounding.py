@@ -50,9 +50,11 @@ def round_tap(
     """
     started = time.perf_counter()
     sizes = [x.shape[0] for x in linears]
+    joined = _joined(linears, weights, device)
     try:
         inverse = _inverse(plan, moments)
-        target = _target(plan, _joined(linears, weights, device), moments, inverse)
+        target = _target(plan, joined, moments, inverse)
+        del joined  # unless it is the target
         targets = dict(zip(linears, target.split(sizes), strict=True))
         tensors: dict[str, QuantizedTensor] = {}
         dampings: dict[str, tuple[float | None, bool]] = {}
