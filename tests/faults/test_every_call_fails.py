@@ -18,8 +18,8 @@ from builders.faults import Faults, in_fork, listing, sampled
 from builders.interruptions import digests
 from builders.tiny_models import tiny_model
 
-from qtool import __main__ as entry
 from qtool.cli.app import run
+from qtool.cli.requests_to_end import heed_requests
 
 SMALL = ("-n", "3", "-l", "24")
 PLAIN = ("-g", "32", "--eval", "none")
@@ -223,7 +223,7 @@ def ends(place, number, sent, after, times=1):
     said = place.before.parent / "said"
 
     def work():
-        entry._end_cleanly_on_request()
+        heed_requests()
         with Faults(place.path, number, number=sent, after=after, times=times):
             outcome = place.qtool(place.arguments)
         said.write_text(outcome.err)

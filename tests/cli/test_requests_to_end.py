@@ -1,0 +1,192 @@
+"""A request to end is heeded even where Python drops what its handler raises."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from builders.command_line import ROOT
+
+# Each sends the signal to itself from where nobody can catch an exception, then has 30 s of work.
+DROPPING = {
+    "finalizer": """
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+        for _ in range(1000):
+            pass
+
+Dropping()
+""",
+    "weak reference": """
+class Dropping:
+    pass
+
+def callback(reference):
+    os.kill(os.getpid(), NUMBER)
+    for _ in range(1000):
+        pass
+
+target = Dropping()
+reference = weakref.ref(target, callback)
+del target
+""",
+    "callback from C": """
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def compare(first, second):
+    os.kill(os.getpid(), NUMBER)
+    for _ in range(1000):
+        pass
+    return 0
+
+two = (ctypes.c_int * 2)(2, 1)
+ctypes.CDLL(None).qsort(two, 2, 4, compare)
+""",
+    "two finalizers in turn": """
+class Second:
+    def __del__(self):
+        time.sleep(1)  # the request comes again while this runs
+
+class First:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+        for _ in range(1000):
+            pass
+
+First()
+Second()
+""",
+}
+PROGRAM = """
+import ctypes, os, signal, sys, time, weakref
+from qtool.cli.requests_to_end import heed_requests
+
+NUMBER = getattr(signal, sys.argv[1])
+heed_requests()
+try:
+    {dropping}
+    {work}
+except KeyboardInterrupt:
+    print("interrupted")
+else:
+    print("went on")
+"""
+WORK = {
+    "computing": """
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        pass
+""",
+    "waiting": "time.sleep(30)",
+}
+
+
+def said(dropping, work, sent, **settings):
+    indented = dropping.strip().replace("\n", "\n    ")
+    program = PROGRAM.format(dropping=indented, work=work.strip())
+    return subprocess.run(
+        [sys.executable, "-c", program, sent],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        **settings,
+    )
+
+
+def heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ignore_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("where", DROPPING)
+def test_a_request_that_python_drops_is_made_again(where, sent):
+    outcome = said(DROPPING[where], WORK["computing"], sent, preexec_fn=heed_ctrl_c)
+    assert (outcome.stdout, outcome.stderr) == ("interrupted\n", "")
+
+
+@pytest.mark.parametrize("where", DROPPING)
+def test_it_wakes_what_waits(where):
+    outcome = said(DROPPING[where], WORK["waiting"], "SIGTERM")
+    assert (outcome.stdout, outcome.stderr) == ("interrupted\n", "")
+
+
+def test_a_job_that_ignores_ctrl_c_is_still_told_to_end_by_kill():
+    where, work = DROPPING["finalizer"], WORK["waiting"]
+    assert said(where, work, "SIGTERM", preexec_fn=ignore_ctrl_c).stdout == "interrupted\n"
+
+
+def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it():
+    outcome = said(DROPPING["finalizer"], "time.sleep(0.5)", "SIGINT", preexec_fn=ignore_ctrl_c)
+    assert outcome.stdout == "went on\n"
+
+
+def test_what_else_python_drops_is_reported_as_before():
+    dropping = """
+class Dropping:
+    def __del__(self):
+        raise ValueError("a mistake in a finalizer")
+
+Dropping()
+"""
+    outcome = said(dropping, "pass", "SIGTERM")
+    assert outcome.stdout == "went on\n"
+    assert "a mistake in a finalizer" in outcome.stderr
+
+
+ENDING = """
+import atexit, os, signal, sys, time
+import qtool.cli.app
+from qtool import __main__
+
+def work(arguments):
+{work}
+
+qtool.cli.app.run = work
+__main__.main()
+"""
+
+
+def ends(work, **settings):
+    program = ENDING.format(work="\n".join(f"    {line}" for line in work))
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=heed_ctrl_c,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupt_through_exec_of_a_string_ends_with_130(sent):
+    """Python ends by SIGINT after such an interrupt, caught or not; many imports have an `exec`."""
+    outcome = ends([f"exec('os.kill(os.getpid(), signal.{sent}); time.sleep(9)')"])
+    assert (outcome.returncode, outcome.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_request_that_comes_after_the_work_changes_no_exit_code(sent, code):
+    work = (
+        f"atexit.register(os.kill, os.getpid(), signal.{sent})",
+        "print('the result', end='')",
+        f"return {code}",
+    )
+    outcome = ends(work)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (code, "the result", "")
+
+
+def test_an_error_nobody_foresaw_is_shown_with_its_traceback():
+    outcome = ends(["raise RuntimeError('a mistake')"])
+    assert outcome.returncode == 1
+    assert "RuntimeError: a mistake" in outcome.stderr
