@@ -98,11 +98,13 @@ class IntegerGrid:
             NumericalError: names the largest weight and the dtype of the scales.
         """
         low, high = float(weight.min().clamp(max=0)), float(weight.max().clamp(min=0))
-        reach = 2 * max(-low, high) if self.symmetric else high - low
-        if reach > self.max_code * torch.finfo(self.scale_dtype).max:
+        bound = max(-low, high)
+        reach = 2 * bound if self.symmetric else high - low
+        above = math.inf if self.symmetric else self.max_code - self.lowest_zero
+        if max(reach / self.max_code, high / above) > self.largest_scale:
             kind = str(self.scale_dtype).removeprefix("torch.")
             raise NumericalError(
-                f"a weight of {max(-low, high):.3g} is beyond what {self.bits} bits with scales of "
+                f"a weight of {bound:.3g} is beyond what {self.bits} bits with scales of "
                 f"{kind} hold",
                 "leave this linear as it is with --ignore, or use -f compressed-tensors, whose "
                 "scales have the model's own dtype",
@@ -147,19 +149,32 @@ class IntegerGrid:
         return self._parameters(low, high)
 
     def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.max_code / 2  # because the whole range may overflow float32
         if self.symmetric:
-            bound = torch.maximum(-low, high)
-            low, high = -bound, bound
-        scale = self.storable((high - low) / self.max_code)
-        if self.symmetric:
+            scale = self.storable(torch.maximum(-low, high) / half)
             return scale, torch.full_like(scale, float((self.max_code + 1) // 2))
+        scale = (high / 2 - low / 2) / half
+        # Codes below the least zero point serve no weight where none is negative.
+        scale = torch.maximum(scale, high / (self.max_code - self.lowest_zero))
+        scale = self.storable(scale)
         return scale, (-low / scale).round().clamp(self.lowest_zero, self.max_code)
 
+    @property
+    def largest_scale(self) -> float:
+        """The largest scale that its dtype holds and with which no code overflows float32."""
+        farthest = 2 ** (self.bits - 1) if self.symmetric else self.max_code
+        # bfloat16's own limit leaves float32 room for rounding.
+        most = torch.finfo(torch.bfloat16).max / farthest
+        return float(min(torch.finfo(self.scale_dtype).max, most))
+
     def storable(self, scale: Tensor) -> Tensor:
-        """Round scales to the dtype they are stored in, never to zero, infinity or a subnormal."""
-        limits = torch.finfo(self.scale_dtype)
+        """Round scales to the dtype they are stored in, never to zero or a subnormal.
+
+        None becomes so large that a code times it is infinite.
+        """
         # Readers multiply in 16 bits: a subnormal scale would be flushed to zero there.
-        kept = scale.clamp(min=limits.smallest_normal, max=limits.max)
+        least = torch.finfo(self.scale_dtype).smallest_normal
+        kept = scale.clamp(min=least, max=self.largest_scale)
         return kept.to(self.scale_dtype).to(torch.float32)
 
     def _search(self, groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from qtool.errors import UsageError
 from qtool.formats.gguf_file_types import ALIASES, FILE_TYPES
 from qtool.formats.gguf_mixes import file_type_named
 from qtool.formats.gguf_tensors import block_of
-from qtool.ggml_types import GGML_TYPES
+from qtool.ggml_types import FLOAT_TYPES, GGML_TYPES
 from qtool.memory.directory_sizes import (
     ENTRY_BYTES,
     Linear,
@@ -38,6 +38,7 @@ from qtool.memory.gguf_sizes import (
     ALIGNMENT,
     MXFP4,
     PREAMBLE,
+    VERSION_BYTES,
     StoredType,
     entries_bytes,
     keys_estimate,
@@ -245,6 +246,8 @@ def header_part(shape: ModelShape, stored: Sequence[StoredType]) -> Part:
     """Return what stands before the tensors: keys, tokenizer, and an entry for every tensor."""
     known = shape.header_bytes is not None
     keys = shape.header_bytes if shape.header_bytes is not None else keys_estimate(shape.vocabulary)
+    if known and all(x.type in FLOAT_TYPES for x in stored):
+        keys -= VERSION_BYTES  # only quantized files have that key
     entries = entries_bytes(stored)
     n_bytes = -(-(PREAMBLE + keys + entries) // ALIGNMENT) * ALIGNMENT
     text = (

@@ -27,6 +27,8 @@ from qtool.memory.shape import ModelShape, TensorSpec
 TODAY, FIRST = 2026, 2023
 ALIGNMENT = 32
 PREAMBLE = 24  # bytes of a file before its keys
+# Of the key `general.quantization_version`: length of the name, name, type, 32-bit number.
+VERSION_BYTES = 8 + len("general.quantization_version") + 4 + 4
 # Not in the table because qtool does not write it; gpt-oss is published as it.
 MXFP4 = "MXFP4"
 

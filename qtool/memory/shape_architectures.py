@@ -138,10 +138,13 @@ QWEN3_MOE = Architecture(
     experts=Experts(),
     unclear=("mlp_only_layers",),
 )
-GEMMA = Architecture("gemma", head="never", tied=True, defaults={"head_size": 256})
+GEMMA = Architecture(
+    "gemma", bias_keys=ATTENTION_BIAS, head="never", tied=True, defaults={"head_size": 256}
+)
 GEMMA2 = replace(GEMMA, name="gemma2", norms=FOUR_NORMS, window=Window(2, 4096))
 GEMMA3 = Architecture(
     "gemma3",
+    bias_keys=ATTENTION_BIAS,
     norms=FOUR_NORMS,
     head_norms="head",
     window=Window(6, 4096),
@@ -167,7 +170,9 @@ PHI_MOE = Architecture(
     experts=Experts(inner="intermediate_size"),
     factors=frozenset({"longrope", "su"}),
 )
-OLMO2 = Architecture("olmo2", norms=POST_NORMS, head_norms="heads", head="always")
+OLMO2 = Architecture(
+    "olmo2", norms=POST_NORMS, bias_keys=ATTENTION_BIAS, head_norms="heads", head="always"
+)
 OLMO3 = replace(OLMO2, window=Window(4))
 OLMOE = Architecture(
     "olmoe", head_norms="heads", experts=Experts(inner="intermediate_size"), head="always"

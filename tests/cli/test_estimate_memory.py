@@ -157,6 +157,15 @@ def test_a_gguf_file_is_exact_to_the_byte(estimate, here):
     assert rows(estimate("./alone", "--json")).popitem()[1]["file_bytes"] == row["file_bytes"]
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_K_M"])
+def test_the_gguf_of_a_directory_is_exact_to_the_byte(qtool, estimate, here, kind):
+    made = qtool("export", "./model", "-f", f"gguf:{kind}", "-o", "made.gguf")
+    assert made.code == 0, made.err
+    row = rows(estimate("./model", "-f", f"gguf:{kind}", "--json"))[f"gguf:{kind}"]
+    assert row["exact"]
+    assert row["file_bytes"] == (here / "made.gguf").stat().st_size
+
+
 def test_a_quantized_directory_has_one_row(estimate, packed):
     for name, directory in packed.items():
         found = rows(estimate(directory, "--json"))

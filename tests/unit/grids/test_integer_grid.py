@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.errors import UsageError
+from qtool.errors import NumericalError, UsageError
 from qtool.grids.integer import IntegerGrid
 from qtool.grids.protocol import QuantizedTensor
 
@@ -407,6 +407,58 @@ def test_joined_matrices_come_apart_again(rows, columns, group, granularity):
 )
 def test_bits_per_weight_count_scales_and_zeros(grid, shape, bits):
     assert grid.bits_per_weight(*shape) == pytest.approx(float(bits), rel=1e-12)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_lowest_zero_point_of_one_cuts_no_positive_weight_off(bits):
+    """With the code below zero given up, the others reach as far with longer steps."""
+    codes = torch.randint(0, 2**bits - 1, (33, 60), generator=torch.Generator().manual_seed(21))
+    codes[:, ::20] = 2**bits - 2  # every group reaches its end
+    weight = codes * 0.125
+    grid = make(bits, symmetric=False, group=20, lowest_zero=1)
+    parameters = grid.fit(weight)
+    assert (parameters.zero == 1).all()
+    assert torch.equal(grid.decode(grid.encode(weight, parameters), parameters), weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_little_below_zero_is_rounded_by_half_a_step_whatever_the_lowest_zero_point(bits):
+    weight = heavy_tailed(33, 100, seed=22).abs()
+    weight[:, ::7] *= -0.01
+    grid = make(bits, False, 20, scale_dtype=torch.float32, lowest_zero=1)
+    parameters = grid.fit(weight)
+    off = (grid.decode(grid.encode(weight, parameters), parameters) - weight).abs()
+    half = per_weight(parameters.scale, weight.shape, 20) / 2
+    assert (off.double().numpy() <= half * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("symmetric", "lowest"), [(True, -3e38), (False, -1e38), (False, 0.0)])
+def test_what_nears_the_limit_of_float32_is_rounded_like_any_other(
+    symmetric, lowest, dtype, search
+):
+    unit = torch.linspace(lowest / 1e38, 3.0 if symmetric else 2.0, 64)
+    weight = (unit * 1e38).expand(3, -1).contiguous()
+    grid = make(8, symmetric, 64, search=search, scale_dtype=dtype)
+    grid.check_range(weight)
+    parameters = grid.fit(weight)
+    off = grid.decode(grid.encode(weight, parameters), parameters).double() - weight.double()
+    assert off.norm() < 0.01 * weight.double().norm()
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (4, False), (3, True), (2, True)])
+def test_what_a_code_could_carry_over_that_limit_is_refused(bits, symmetric):
+    weight = (torch.linspace(-3.0, 3.0, 64) * 1e38).expand(3, -1).contiguous()
+    with pytest.raises(NumericalError, match=f"beyond what {bits} bits"):
+        make(bits, symmetric, scale_dtype=torch.bfloat16).check_range(weight)
+
+
+def test_weights_that_only_a_lowest_zero_point_of_one_keeps_out_of_reach_are_refused():
+    weight = torch.full((2, 32), 2.5 * 65504)
+    make(2, symmetric=False).check_range(weight)
+    with pytest.raises(NumericalError, match="beyond what 2 bits"):
+        make(2, symmetric=False, lowest_zero=1).check_range(weight)
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["minmax", "search"])

@@ -168,6 +168,14 @@ def test_families_have_exactly_the_tensors_that_the_converter_writes(tmp_path, m
     assert shape.parameters == sum(ref.n_elements for ref in checkpoint.refs.values())
 
 
+@pytest.mark.parametrize("model_type", sorted(SPECIAL))
+def test_biases_are_those_that_transformers_makes_of_the_configuration(tmp_path, model_type):
+    settings = {"attention_bias": True, "mlp_bias": True}
+    checkpoint = locate(str(tiny_model(model_type, tmp_path / "m", **settings)))
+    found = {t.stored[0] for t in shape_of_headers(checkpoint).tensors if t.stored}
+    assert found == set(checkpoint.refs)
+
+
 @pytest.mark.parametrize("scaling", ["llama3", "longrope"])
 def test_divisors_of_positions_are_tensors_but_no_parameters(scaling):
     plain = {**SIZES, "model_type": "llama"}
