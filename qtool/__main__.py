@@ -15,14 +15,27 @@ def main() -> None:
     from qtool.cli.requests_to_end import INTERRUPTED, Ending, heed_requests
 
     ending = Ending()
+    code: int | None = None
     try:
-        heed_requests()
-        from qtool.cli.app import run
+        try:
+            heed_requests()
+            from qtool.cli.app import run
 
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before or after a command's own work
-        code = INTERRUPTED
-    ending.leave(code)
+            code = INTERRUPTED
+            code = run(sys.argv[1:])
+        except KeyboardInterrupt:
+            if code is None:
+                _say_interrupted()
+    except KeyboardInterrupt:  # one more, before they are ignored
+        pass
+    ending.leave(INTERRUPTED if code is None else code)
+
+
+def _say_interrupted() -> None:
+    """Answer a request to end that came before a command could."""
+    from qtool.cli.session import say_interrupted
+
+    say_interrupted(sys.argv[1:])
 
 
 if __name__ == "__main__":
