@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 # Threads that spin while they wait take the cores from whoever else needs them, and from our own
 # small operations. Must stand before PyTorch is loaded.
@@ -17,24 +18,24 @@ def main() -> None:
     ending = Ending()
     code: int | None = None
     try:
-        try:
-            heed_requests()
-            from qtool.cli.app import run
+        heed_requests()
+        from qtool.cli.app import run
 
-            code = INTERRUPTED
-            code = run(sys.argv[1:])
-        except KeyboardInterrupt:
-            if code is None:
-                _say_interrupted()
-    except KeyboardInterrupt:  # one more, before they are ignored
+        code = INTERRUPTED
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command's own work, or one more after it
         pass
-    ending.leave(INTERRUPTED if code is None else code)
+    if code in {None, INTERRUPTED}:
+        ending.leave(INTERRUPTED, partial(_say_interrupted, early=code is None))
+    ending.leave(code or 0)
 
 
-def _say_interrupted() -> None:
-    """Answer a request to end that came before a command could."""
-    from qtool.cli.session import say_interrupted
+def _say_interrupted(*, early: bool) -> None:
+    """Answer a request to end that no command did."""
+    from qtool.cli.session import begin_command, say_interrupted
 
+    if early:
+        begin_command()
     say_interrupted(sys.argv[1:])
 
 

@@ -48,12 +48,14 @@ class Ending:
         sys.excepthook = self._uncaught
         atexit.register(self._end)  # the first to be registered is the last to run
 
-    def leave(self, code: int) -> NoReturn:
-        """Exit with a code; from now on requests to end change nothing."""
+    def leave(self, code: int, last_words: Callable[[], None] | None = None) -> NoReturn:
+        """Exit with a code, after any last words; from now on requests to end change nothing."""
         while self._code is None:
             with suppress(KeyboardInterrupt):  # one more, just before they are ignored
                 _handle_requests(signal.SIG_IGN)
                 self._code = code
+        if last_words is not None:
+            last_words()
         sys.exit(code)
 
     def _uncaught(

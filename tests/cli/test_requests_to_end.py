@@ -213,7 +213,7 @@ def disturbed(handler):
     handle(handler)
 
 class Ending(requests_to_end.Ending):
-    def leave(self, code):
+    def leave(self, *_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(9)
 
@@ -253,6 +253,22 @@ def interrupted(app):
     time.sleep(9)
 
 typer.main.get_command = interrupted
+""",
+    "twice in a row": """
+import qtool.cli.session
+
+def interrupted(*_):
+    left.append(os.kill(os.getpid(), signal.SIGTERM))
+    time.sleep(9)
+
+def again(*told, show=qtool.cli.session._show):
+    if len(left) < 3:
+        interrupted()
+    show(*told)
+
+left = []
+qtool.cli.session._show = again
+qtool.cli.session._refuse_lost_directory = interrupted
 """,
     "before the work": """
 import qtool.cli.session
