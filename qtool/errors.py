@@ -78,6 +78,7 @@ NO_MEMORY = (
     "not enough memory",
     "cannot allocate memory",
     "std::bad_alloc",
+    "failed to map segment",  # of a library that is being loaded
 )
 
 
@@ -85,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of Python or PyTorch, for host or device, means that memory is out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error).lower() if isinstance(error, RuntimeError | OSError) else ""
+    said = str(error).lower() if isinstance(error, RuntimeError | OSError | ImportError) else ""
     return any(words in said for words in NO_MEMORY)
 
 

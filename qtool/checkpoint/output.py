@@ -62,8 +62,11 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
             "choose another --output, or replace it with --overwrite",
         )
     here = Path.cwd()
+    homes = set()
+    with contextlib.suppress(RuntimeError):  # a container's user may have none
+        homes.add(Path.home())
     model = bool(set(MODEL_MARKS) & set(names)) or _one_gguf(names)
-    if final in {Path.home(), here} or final in here.parents or not model:
+    if final in {*homes, here} or final in here.parents or not model:
         raise UsageError(
             f"the output {shown} does not look like a model, so it is not overwritten",
             f"--overwrite replaces a directory with {' or '.join(MODEL_MARKS)}, or with one GGUF "

@@ -177,7 +177,7 @@ class WorkDirectory:
     def _finished(self) -> bool:
         """Whether all outputs of the run that worked here have their names."""
         marker = self._marker()
-        if marker is None or (Path(marker["first"]) / MARKER).exists():
+        if marker is None or self._goes_on(marker):
             return False
         return bool(self._given(marker["inodes"]))
 
@@ -201,7 +201,9 @@ class WorkDirectory:
             first: of the outputs that belong together; the run is finished when its directory goes.
             inodes: file name beside this directory -> inode of what gets that name.
         """
-        text = json.dumps({"first": str(first.path), "inodes": dict(inodes)})
+        # Relative: the directory above may have another name when somebody looks.
+        beside = os.path.relpath(first.path, self.path.parent)
+        text = json.dumps({"first": beside, "inodes": dict(inodes)})
         partial = self.path / f"{MARKER}.partial"
         partial.write_text(text, encoding="utf-8")
         sync(partial)
@@ -214,9 +216,13 @@ class WorkDirectory:
         Empty where there are none; name -> inode.
         """
         marker = self._marker()
-        if marker is None or not (Path(marker["first"]) / MARKER).exists():
+        if marker is None or not self._goes_on(marker):
             return {}
         return self._given(marker["inodes"])
+
+    def _goes_on(self, marker: Mapping[str, Any]) -> bool:
+        """Whether the run of a marker has still to finish."""
+        return (self.path.parent / marker["first"] / MARKER).exists()
 
     def _marker(self) -> dict[str, Any] | None:
         """Return the marker, None where there is none that is whole."""

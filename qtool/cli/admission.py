@@ -11,7 +11,11 @@ from qtool.calibration.datasets import DatasetSpec, check_file
 from qtool.calibration.statistics_source import open_statistics
 from qtool.checkpoint.locate import Checkpoint, locate
 from qtool.checkpoint.untrusted import naming
+from qtool.errors import CapacityError
 from qtool.pipeline.admission import admit, check_has_tokenizer, check_recipe
+from qtool.recipe.sizes import shown_size
+
+LEAST_ADDRESS_SPACE = 640_000_000  # bytes; under 600 MB PyTorch 2 falls over
 
 if TYPE_CHECKING:
     from qtool.console import Terminal
@@ -36,6 +40,7 @@ def admitted(
     Raises:
         QtoolError: as `locate` and `admit`; or a file that goes with it is unusable.
     """
+    _check_address_space()
     checkpoint = locate(model, revision, offline, gguf=gguf)
     warnings = admit(checkpoint, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
     if needs_tokenizer and not checkpoint.gguf:
@@ -48,6 +53,21 @@ def admitted(
     for code, message in warnings:
         progress.warn(code, message)
     return checkpoint
+
+
+def _check_address_space() -> None:
+    """Refuse a limit under which PyTorch and numpy end the process while they are loaded."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < LEAST_ADDRESS_SPACE:
+        raise CapacityError(
+            f"this process may take only {shown_size(limit)} of address space; PyTorch alone "
+            f"takes {shown_size(LEAST_ADDRESS_SPACE)}",
+            "raise the limit (ulimit -v)",
+        )
 
 
 def admitted_for(

@@ -15,9 +15,9 @@ from qtool.cli.estimate_memory import estimate_memory
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
 from qtool.cli.quantize import quantize
-from qtool.cli.session import session, show_failure
+from qtool.cli.session import begin_command, say_interrupted, session, show_failure
 from qtool.console import finish_stdout
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import InterruptionError, QtoolError, UsageError
 
 # The lines at the end of every --help; tests run each of them.
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -118,10 +118,13 @@ for _name, _function in _COMMANDS.items():
 
 def run(arguments: list[str]) -> int:
     """Carry out a command line and return its exit code."""
-    command: Any = typer.main.get_command(app)
+    begin_command()
     given = [_dashed(argument) for argument in arguments] or ["--help"]
     try:
-        returned = command.main(args=given, prog_name="qtool", standalone_mode=False)
+        command: Any = typer.main.get_command(app)
+        returned: Any = command.main(args=given, prog_name="qtool", standalone_mode=False)
+    except KeyboardInterrupt:
+        returned = InterruptionError.exit_code
     except (OSError, SystemExit):  # a help text that stdout did not take
         finish_stdout()
         return 0
@@ -131,6 +134,8 @@ def run(arguments: list[str]) -> int:
             raise
         show_failure(given[0], refusal, as_json="--json" in given)
         return UsageError.exit_code
+    if returned == InterruptionError.exit_code:
+        say_interrupted(given)
     finish_stdout()
     return returned if isinstance(returned, int) else 0
 

@@ -227,7 +227,8 @@ def _check_report(directory: Path | None, models: Sequence[Checkpoint]) -> None:
     if directory is not None:
         from qtool.evaluation.report import check_report
 
-        check_report(directory, [model.path for model in models if model.path.is_dir()])
+        # A GGUF file lies where people work: its directory is no model.
+        check_report(directory, [x.path for x in models if x.path.is_dir() and not x.gguf])
 
 
 def _write_report(

@@ -10,14 +10,15 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 INTERRUPTED = 130
-REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP")
+# The last comes where a limit on the processor's time is used up, a little before the end.
+REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
 AGAIN_AFTER = 0.02  # seconds: whatever swallowed the interrupt should be over by then
 
 
@@ -43,15 +44,28 @@ class Ending:
 
     def __init__(self) -> None:
         self._code: int | None = None
+        self._show = sys.excepthook
+        sys.excepthook = self._uncaught
         atexit.register(self._end)  # the first to be registered is the last to run
 
-    def leave(self, code: int) -> NoReturn:
-        """Exit with a code; from now on requests to end change nothing."""
+    def leave(self, code: int, last_words: Callable[[], None] | None = None) -> NoReturn:
+        """Exit with a code, after any last words; from now on requests to end change nothing."""
         while self._code is None:
             with suppress(KeyboardInterrupt):  # one more, just before they are ignored
                 _handle_requests(signal.SIG_IGN)
                 self._code = code
+        if last_words is not None:
+            last_words()
         sys.exit(code)
+
+    def _uncaught(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Say nothing of an interrupt that came while another was being heeded."""
+        if not issubclass(kind, KeyboardInterrupt):
+            self._show(kind, error, trace)
+        elif self._code is None:
+            self._code = INTERRUPTED
 
     def _end(self) -> None:
         if self._code is None:  # an error that nobody foresaw: Python has its own code

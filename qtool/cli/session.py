@@ -6,7 +6,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ COMMANDS = frozenset({"inspect", "estimate-memory", "quantize", "calibrate", "ex
 ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 
 
+class _Command:
+    """The command of this process, as far as its last words go."""
+
+    begun = False
+    terminal: Terminal | None = None
+    told = False  # why it failed
+
+
 @contextmanager
 def session(
     command: str,
@@ -40,6 +48,7 @@ def session(
     terminal = Terminal(
         as_json=as_json, quiet=quiet, verbose=verbose, show_progress=not no_progress
     )
+    _Command.terminal = terminal
     try:
         try:
             _refuse_lost_directory()
@@ -90,12 +99,27 @@ def _show(terminal: Terminal, command: str, error: QtoolError) -> None:
     if terminal.as_json and not terminal.answered:  # stdout has one object and no more
         with suppress(QtoolError):  # a full disk under stdout; stderr has the first error already
             terminal.result(error_object(command, error), "")
+    _Command.told = True
 
 
 def show_failure(command: str, error: QtoolError, *, as_json: bool) -> None:
     """Print an error that came up before a command had a session of its own."""
     known = command if command in COMMANDS else "error"
     _show(Terminal(as_json=as_json), known, error)
+
+
+def begin_command() -> None:
+    """Forget what was said of the command before."""
+    _Command.begun, _Command.terminal, _Command.told = True, None, False
+
+
+def say_interrupted(arguments: Sequence[str]) -> None:
+    """Answer a request to end that no session heard: before its work, or while it gave up."""
+    if _Command.told or not _Command.begun:
+        return
+    named = next((word for word in arguments if word in COMMANDS), "error")
+    terminal = _Command.terminal or Terminal(as_json="--json" in arguments)
+    _show(terminal, named, InterruptionError("interrupted", "run the same command again"))
 
 
 def error_object(command: str, error: QtoolError) -> dict[str, Any]:

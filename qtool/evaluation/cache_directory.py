@@ -98,7 +98,7 @@ def identity(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """Return what tells a model's weights and configuration from any other's.
 
     A model from the hub is known by its commit. Files on this machine are hashed, once for each
-    size and time of change; the hashes are noted in `directory`.
+    size, file and time of change; the hashes are noted in `directory`.
 
     Raises:
         UsageError, CapacityError: the directory cannot be written.
@@ -127,10 +127,11 @@ def identity(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
 def _hashed(file: Path, known: dict[str, Any]) -> str:
     """Return a file's SHA-256, from `known` if it has not changed since."""
     state = file.stat()
-    mark = [state.st_size, state.st_mtime_ns]
+    # Archives and copies bring times of change along: two models of a size may have the same.
+    mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
     entry = known.get(str(file))
-    if isinstance(entry, list) and entry[:2] == mark and len(entry) == 3:
-        noted = str(entry[2])
+    if isinstance(entry, list) and entry[:-1] == mark:
+        noted = str(entry[-1])
         if re.fullmatch("[0-9a-f]{64}", noted):
             return noted
     digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def check_report(directory: Path, models: Sequence[Path] = ()) -> Path:
         raise _about_report(error) from error
     above = next(path for path in final.parents if path.exists())
     why = "" if above.is_dir() else f"{shown_path(above)} is not a directory"
+    if not why and not os.access(above, os.W_OK):
+        why = f"{shown_path(above)} may not be written to"
     inside = next((m for m in models if m.resolve() in final.parents), None)
     why = why if inside is None else f"it lies inside the model {shown_path(inside)}"
     if why:

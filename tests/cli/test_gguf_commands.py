@@ -661,3 +661,10 @@ def test_packed_directories_become_float_files_with_one_note(place, qtool, name)
     floats = load_file(place / "floats" / "model.safetensors")
     back = load_file(place / "back" / "model.safetensors")
     assert all(torch.equal(floats[tensor], back[tensor]) for tensor in floats)
+
+
+def test_a_report_may_lie_beside_the_file_that_it_is_about(place, qtool):
+    pytest.importorskip("xllamacpp")
+    outcome = qtool("eval", "F16.gguf", "--ctx", "24", "-n", "2", "--report", "report")
+    assert outcome.code == 0, outcome.err
+    assert (place / "report" / "index.html").exists()

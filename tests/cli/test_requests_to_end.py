@@ -1,5 +1,6 @@
 """A request to end is heeded even where Python drops what its handler raises."""
 
+import json
 import os
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def ignore_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU"])
 @pytest.mark.parametrize("where", DROPPING)
 def test_a_request_that_python_drops_is_made_again(where, sent):
     outcome = said(DROPPING[where], WORK["computing"], sent, preexec_fn=heed_ctrl_c)
@@ -190,3 +191,133 @@ def test_an_error_nobody_foresaw_is_shown_with_its_traceback():
     outcome = ends(["raise RuntimeError('a mistake')"])
     assert outcome.returncode == 1
     assert "RuntimeError: a mistake" in outcome.stderr
+
+
+def test_one_more_while_the_first_is_heeded_says_nothing():
+    """Just before requests are ignored for good."""
+    program = """
+import os, signal, time
+from qtool.cli import app, requests_to_end
+from qtool import __main__
+
+def interrupted(arguments):
+    raise KeyboardInterrupt
+
+handle, left = requests_to_end._handle_requests, [1, 2, 3]
+
+def disturbed(handler):
+    if handler is signal.SIG_IGN and left:
+        left.pop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    handle(handler)
+
+class Ending(requests_to_end.Ending):
+    def leave(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+app.run = interrupted
+requests_to_end._handle_requests = disturbed
+requests_to_end.Ending = ENDING
+__main__.main()
+"""
+    for ending in ("requests_to_end.Ending", "Ending"):
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("ENDING", ending)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (130, "")
+
+
+# Where no session hears of a request: each sends it from there.
+UNHEARD = {
+    "while the commands are loaded": """
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "qtool.cli.app":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+
+sys.meta_path.insert(0, Finder())
+""",
+    "while the line is parsed": """
+import typer
+
+def interrupted(app):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)
+
+typer.main.get_command = interrupted
+""",
+    "twice in a row": """
+import qtool.cli.session
+
+def interrupted(*_):
+    left.append(os.kill(os.getpid(), signal.SIGTERM))
+    time.sleep(9)
+
+def again(*told, show=qtool.cli.session._show):
+    if len(left) < 3:
+        interrupted()
+    show(*told)
+
+left = []
+qtool.cli.session._show = again
+qtool.cli.session._refuse_lost_directory = interrupted
+""",
+    "before the work": """
+import qtool.cli.session
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)
+
+qtool.cli.session._quieten_libraries = interrupted
+""",
+    "while another is heeded": """
+import qtool.cli.session
+
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)
+
+def again(*told, show=qtool.cli.session._show):
+    qtool.cli.session._show = show
+    interrupted()
+
+qtool.cli.session._show = again
+qtool.cli.session._refuse_lost_directory = interrupted
+""",
+}
+
+
+@pytest.mark.parametrize("where", UNHEARD)
+def test_a_request_at_any_time_is_answered(where):
+    program = f"""
+import os, signal, sys, time
+from qtool import __main__
+{UNHEARD[where]}
+sys.argv = ["qtool", "inspect", "model", "--json"]
+__main__.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == [
+        "error: interrupted",
+        "  try: run the same command again",
+    ]
+    answer = json.loads(done.stdout)
+    assert (answer["schema"], answer["exit_code"]) == ("qtool.inspect/1", 130)
+    assert answer["error"]["code"] == "interrupted"

@@ -1,6 +1,7 @@
 """Full disks, other processes, links, missing memory: trouble from outside while a run goes on."""
 
 import json
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -116,6 +117,40 @@ def test_a_disk_that_others_fill_meanwhile(here, qtool, disk, after_a_block):
     (place / "ballast").unlink()
     assert qtool(*GPTQ, "-o", place / "out").code == 0
     assert digests(place / "out") == digests(here / "whole")
+
+
+def test_a_report_on_a_read_only_disk_is_refused_before_the_evaluation(here, qtool, disk):
+    place = disk("4m")
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    outcome = qtool("eval", "model", "--ctx", "24", "-n", "2", "--report", place / "report")
+    assert outcome.code == 2, outcome
+    assert "may not be written to" in outcome.err
+    assert "running" not in outcome.err
+
+
+def limited(number, value):
+    return lambda: resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+
+
+def test_an_address_space_that_is_too_small_for_pytorch_is_refused_at_once(here):
+    """It would end the process while it is loaded, with words of its own or none."""
+    for size, why in ((64_000_000, "out of memory"), (512_000_000, "address space")):
+        limit = limited(resource.RLIMIT_AS, size)
+        done = in_process_of_its_own(*GPTQ, "-o", "out", "--json", preexec_fn=limit)
+        assert done.returncode == 4, done.stderr
+        assert why in json.loads(done.stdout)["error"]["message"]
+    assert [path.name for path in here.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_processor_s_time_leaves_a_run_that_goes_on(here):
+    """The system sends SIGXCPU first, which a batch system's job gets shortly before its end."""
+    limit = limited(resource.RLIMIT_CPU, 1)  # PyTorch alone takes longer to be loaded
+    done = in_process_of_its_own(*GPTQ, "-o", "out", "--json", preexec_fn=limit)
+    assert done.returncode == 130, done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == "interrupted"
+    assert in_process_of_its_own(*GPTQ, "-o", "out").returncode == 0
+    assert sorted(path.name for path in here.iterdir()) == ["model", "out"]
 
 
 def test_memory_that_runs_out_is_said_and_the_run_goes_on_later(here, qtool, after_a_block):

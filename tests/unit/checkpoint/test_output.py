@@ -1,10 +1,13 @@
 """A result appears whole or not at all, and nothing that is not a model is ever replaced."""
 
+import contextlib
 import errno
 import os
+import pwd
 from pathlib import Path
 
 import pytest
+from builders.faults import in_fork
 
 from qtool.checkpoint import output, work_directory
 from qtool.checkpoint.disk_errors import write_error
@@ -59,6 +62,18 @@ def test_an_empty_directory_may_become_the_output(tmp_path):
         (partial / "config.json").write_text("new")
         output.commit()
     assert (tmp_path / "out/config.json").read_text() == "new"
+
+
+def test_a_user_without_a_home_may_overwrite(tmp_path, monkeypatch):
+    """As in a container that runs under a number which /etc/passwd does not know."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    old = model_at(tmp_path / "out")
+    assert check_output(old, overwrite=True) == old
 
 
 def test_overwrite_replaces_only_at_the_end(tmp_path):
@@ -372,6 +387,32 @@ def test_what_cannot_be_undone_is_undone_by_the_next_run(tmp_path, monkeypatch):
         assert texts(tmp_path) == old
     assert texts(tmp_path) == old
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_outputs_that_were_moved_halfway_through_the_last_step_are_taken_up(tmp_path):
+    """The first of two had its name when the process died; then the directory got another."""
+    (tmp_path / "old").mkdir()
+
+    def places(parent):
+        return [OutputDirectory(parent / name, resume=True) for name in ("a", "b")]
+
+    def killed():
+        first, second = places(tmp_path / "old")
+        for place in (first, second):
+            (place.__enter__() / "config.json").write_text(place.final.name)
+        second.give = lambda: os._exit(9)
+        commit_all([first, second])
+
+    assert in_fork(killed) == 9
+    assert (tmp_path / "old" / "a").exists()
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = places(tmp_path / "new")
+    with contextlib.ExitStack() as stack:
+        for place in found:
+            partial = stack.enter_context(place)
+            assert (partial / "config.json").read_text() == place.final.name
+        commit_all(found)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("marked", [True, False])

@@ -272,3 +272,16 @@ def test_a_changed_file_is_hashed_again(models):
     path.write_bytes(raw)
     os.utime(path, ns=(1, 1))
     assert identity(locate(str(models / "original")), cache) != first
+
+
+def test_another_model_of_the_same_size_and_time_is_hashed_again(models):
+    """As when both come from archives that were made to be reproducible."""
+    cache, path = models / "cache", models / "original" / "model.safetensors"
+    os.utime(path, ns=(1, 1))
+    first = identity(locate(str(models / "original")), cache)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.unlink()
+    path.write_bytes(raw)
+    os.utime(path, ns=(1, 1))
+    assert identity(locate(str(models / "original")), cache) != first
