@@ -86,7 +86,8 @@ def admit(
 def _admit_directory(
     checkpoint: Checkpoint, *, trusted: bool, tokenizer: bool
 ) -> tuple[tuple[str, str], ...]:
-    family = family_of(checkpoint.config)
+    with naming(checkpoint.path / CONFIG_FILE):
+        family = family_of(checkpoint.config)
     where = shown_path(checkpoint.path / CONFIG_FILE)
     settings = {
         path.name: read_json_object(path, max_bytes=MAX_JSON_BYTES)
