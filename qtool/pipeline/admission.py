@@ -13,12 +13,12 @@ from typing import Any
 from qtool.calibration.tokenizer_trial import check_tokenizer
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
 from qtool.checkpoint.untrusted import GET_AGAIN, naming, printable, read_json_object, shown_path
-from qtool.errors import DamagedError, UnsupportedError
+from qtool.errors import DamagedError, QtoolError, UnsupportedError
 from qtool.formats.gguf_file_types import file_type_named
 from qtool.formats.gguf_pretokenizers import flattened
 from qtool.formats.gguf_vocab import vocabulary
 from qtool.formats.gguf_vocab_files import TokenizerFiles, read_tokenizer_files
-from qtool.formats.protocol import FORMATS
+from qtool.formats.protocol import FORMATS, LAYOUTS, TensorLayout
 from qtool.memory.expected_tensors import check_tensors
 from qtool.model.config_check import check_config
 from qtool.model.conversion import converted_tensors
@@ -113,6 +113,8 @@ def _admit_directory(
             GET_AGAIN,
         )
     check_tensors(checkpoint, family)
+    if declared:
+        _check_packed(checkpoint)
     _check_growth(read_tokenizer_files(checkpoint.path))
     if tokenizer:
         check_tokenizer(checkpoint.path, int(checkpoint.config["vocab_size"]))
@@ -138,6 +140,24 @@ def _check_expressions(declared: Mapping[str, Any], checkpoint: Checkpoint) -> N
             f"{MAX_SECONDS:g} seconds to match the names of the model",
             "do not trust this model; get it from its original source",
         )
+
+
+def _check_packed(checkpoint: Checkpoint) -> None:
+    """Hold packed tensors to the quantization_config, and name the file of the one that differs."""
+    declared = checkpoint.config["quantization_config"]
+    layouts = {n: TensorLayout(ref.dtype, tuple(ref.shape)) for n, ref in checkpoint.refs.items()}
+    try:
+        LAYOUTS[declared["quant_method"]](declared, layouts)
+    except QtoolError as error:
+        named = [ref.file for name, ref in checkpoint.refs.items() if name in error.message]
+        named += [
+            ref.file
+            for name, ref in checkpoint.refs.items()
+            if name.rpartition(".")[0] in error.message.replace(":", " ").split()
+        ]
+        place = named[0] if named else checkpoint.path / CONFIG_FILE
+        said = error.message if named else error.message.removeprefix(f"{CONFIG_FILE}: ")
+        raise type(error)(f"{shown_path(place)}: {said}", error.hint) from error
 
 
 def check_has_tokenizer(checkpoint: Checkpoint) -> None:
