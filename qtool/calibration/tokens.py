@@ -238,13 +238,16 @@ class _Panics:
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
     faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
+    # What the tokenizers library itself has to say comes as no kind of its own.
     try:
         with _Panics():
             batch = tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
         ids: list[list[int]] = batch["input_ids"]
-    except faults as error:
+    except Exception as error:
+        if not isinstance(error, faults) and type(error) is not Exception:
+            raise
         where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
         raise DamagedError(
             f"the tokenizer of {where} fails on the text: {printable(error)}",

@@ -59,7 +59,7 @@ def _module(
     bits, size = setting(own, "bits"), setting(own, "group_size")
     if bits not in BITS:
         raise UnsupportedError(
-            f"{name}: config.json says {bits} bits, which gptq modules do not have",
+            f"{name}: {bits}-bit gptq modules are not supported",
             f"qtool reads {', '.join(map(str, BITS))} bits",
         )
     words, rows = stored_matrix(tensors, f"{name}.qweight")

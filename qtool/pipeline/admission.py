@@ -115,7 +115,9 @@ def _admit_directory(
     check_tensors(checkpoint, family)
     if declared:
         _check_packed(checkpoint)
-    _check_growth(read_tokenizer_files(checkpoint.path))
+    files = read_tokenizer_files(checkpoint.path)
+    _check_growth(files)
+    _check_dropout(files)
     if tokenizer:
         check_tokenizer(checkpoint.path, int(checkpoint.config["vocab_size"]))
     return warnings
@@ -149,14 +151,11 @@ def _check_packed(checkpoint: Checkpoint) -> None:
     try:
         LAYOUTS[declared["quant_method"]](declared, layouts)
     except QtoolError as error:
-        named = [ref.file for name, ref in checkpoint.refs.items() if name in error.message]
-        named += [
-            ref.file
-            for name, ref in checkpoint.refs.items()
-            if name.rpartition(".")[0] in error.message.replace(":", " ").split()
-        ]
-        place = named[0] if named else checkpoint.path / CONFIG_FILE
-        said = error.message if named else error.message.removeprefix(f"{CONFIG_FILE}: ")
+        place, said = checkpoint.path / CONFIG_FILE, error.message.removeprefix(f"{CONFIG_FILE}: ")
+        if said.startswith("tensor "):
+            module = said.split()[1].rpartition(".")[0]
+            refs = checkpoint.refs.items()
+            place = next((ref.file for name, ref in refs if name.startswith(f"{module}.")), place)
         raise type(error)(f"{shown_path(place)}: {said}", error.hint) from error
 
 
@@ -171,6 +170,17 @@ def check_has_tokenizer(checkpoint: Checkpoint) -> None:
         raise DamagedError(
             f"{shown_path(directory)} has no tokenizer: {TOKENIZERS[0]} is missing",
             "tokenizer.json and tokenizer_config.json must lie beside the weights",
+        )
+
+
+def _check_dropout(files: TokenizerFiles) -> None:
+    """Refuse a tokenizer that cuts the same text differently each time: nothing repeats then."""
+    model = files.tokenizer.get("model")
+    if isinstance(model, Mapping) and model.get("dropout"):
+        raise DamagedError(
+            f"{shown_path(files.tokenizer_path)}: 'dropout' is {printable(model['dropout'])}, so "
+            "that it cuts the same text differently each time",
+            "set it to null: it is for training only",
         )
 
 
@@ -208,7 +218,9 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     family = family_of(checkpoint.config)
     if checkpoint.config.get("quantization_config"):
         raise UnsupportedError(
-            f"{checkpoint.name} is already quantized", "quantize the original float model instead"
+            f"{shown_path(checkpoint.path / CONFIG_FILE)}: {printable(checkpoint.name)} is already "
+            "quantized",
+            "quantize the original float model instead",
         )
     found = block_linears(checkpoint, family)
     check_patterns([rule.match for rule in recipe.rules], list(found))
