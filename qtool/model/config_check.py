@@ -51,6 +51,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "rope_theta": (1e-9, LARGEST_BASE),
     "rope_local_base_freq": (1e-9, LARGEST_BASE),
 }
+# llama.cpp takes these for missing where they are 0, transformers multiplies by them.
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier")
 FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings", "use_cache")
 
 
@@ -132,6 +134,8 @@ def _check_ranges(config: Mapping[str, Any], where: str) -> None:
         value = real(config, key, where=where)
         if not least <= value <= most:
             raise _wrong(where, key, config[key], f"a number from {least:g} to {most:g}")
+        if key in MULTIPLIERS and value == 0:
+            raise _wrong(where, key, config[key], "a number other than 0")
 
 
 def _check_words(config: Mapping[str, Any], family: Family, where: str) -> None:

@@ -47,6 +47,7 @@ CASES = {
         {"rope_parameters": {**YARN, "original_max_position_embeddings": "64"}},
         "original_max_position_embeddings",
     ),
+    "a multiplier of nothing": ("granite", {"embedding_multiplier": 0.0}, "embedding_multiplier"),
     "a window of nothing": ("mistral", {"sliding_window": 0}, "sliding_window"),
     "classes of another family": ("llama", {"architectures": ["Qwen2ForCausalLM"]}, "architect"),
     "a class without a head": (
@@ -132,3 +133,18 @@ def test_a_tokenizer_of_another_kind_that_fails_on_text_is_no_bug(warm_server, s
     ended = warm_server.run(*LINES["eval"], cwd=tmp_path)
     assert ended.code == 6, ended.err
     assert "the tokenizer of" in ended.message
+
+
+@pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.parametrize("place", [".", ""])
+def test_the_directory_that_it_runs_in_is_not_replaced(
+    warm_server, sound, tmp_path, command, place
+):
+    """The shell that called would stand in a directory that is no more."""
+    (tmp_path / "here").mkdir()
+    model = str(sound / "llama")
+    given = (command, model, *LINES[command][2:-1], place)
+    ended = warm_server.run(*given, cwd=tmp_path / "here")
+    assert ended.code == 2, ended.err
+    assert "runs in" in ended.message
+    assert not list((tmp_path / "here").iterdir())
