@@ -226,28 +226,29 @@ def _bare(row: Row) -> str:
 
 
 class _Panics:
-    """Turns what a library in Rust raises where it gives up, which is no Exception, into one."""
+    """Turns what a library in Rust raises into a RuntimeError.
+
+    Where it gives up that is no Exception; where it refuses, one of no kind of its own.
+    """
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        if kind is not None and kind.__name__ == "PanicException":  # it cannot be imported
+        panic = kind is not None and kind.__name__ == "PanicException"  # it cannot be imported
+        if panic or kind is Exception:
             raise RuntimeError(str(error))
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: windows are cut afterwards, a text longer than the model's context is no fault.
     faults = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError)
-    # What the tokenizers library itself has to say comes as no kind of its own.
     try:
         with _Panics():
             batch = tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
         ids: list[list[int]] = batch["input_ids"]
-    except Exception as error:
-        if not isinstance(error, faults) and type(error) is not Exception:
-            raise
+    except faults as error:
         where = printable(getattr(tokenizer, "name_or_path", "") or "the model")
         raise DamagedError(
             f"the tokenizer of {where} fails on the text: {printable(error)}",
