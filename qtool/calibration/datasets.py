@@ -43,7 +43,8 @@ ROWS_AT_ONCE = 64  # of a parquet file: a few compressed bytes may stand for lon
 
 _WINDOWS = re.compile(r":n=([^:]*)$")
 _FILE = re.compile(r"(?P<path>.+\.(?P<kind>txt|jsonl|parquet))(?::(?P<column>[^:]+))?", re.I)
-_HUB = re.compile(r"hf:(?P<id>[^:\s]+)(?::(?P<split>[^:]+)(?::(?P<column>[^:]+))?)?")
+_HUB_ID = r"\w[\w.-]*(?:/\w[\w.-]*)?(?:/[^:\s/]+)?"  # no path: `datasets` would read one from here
+_HUB = re.compile(rf"hf:(?P<id>{_HUB_ID})(?::(?P<split>[^:]+)(?::(?P<column>[^:]+))?)?")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def from_recipe(entry: Dataset) -> DatasetSpec:
             raise UsageError(f"dataset '{entry.path}': a .txt file has no columns", FORMS)
         return DatasetSpec("file", entry.path, column=entry.column, windows=entry.windows)
     if entry.hf is not None:
+        if not re.fullmatch(_HUB_ID, entry.hf):
+            raise UsageError(f"'{entry.hf}' is not a dataset of the hub", FORMS)
         return DatasetSpec("hub", entry.hf, entry.split, entry.column, entry.windows)
     return DatasetSpec("builtin", windows=entry.windows)
 
@@ -349,6 +352,8 @@ def _hub_rows(spec: DatasetSpec, seed: int | None) -> Iterator[Row]:
     owner, *rest = spec.source.split("/", 2)
     repository = "/".join([owner, *rest[:1]])
     configuration = rest[1] if len(rest) > 1 else None
+    if Path(repository).exists():  # which `datasets` would prefer
+        raise UsageError(f"there is a '{repository}' here, too", "run from another directory")
     # Offline, only the cache of a full download can answer; otherwise fetch no more than is used.
     streaming = not constants.HF_HUB_OFFLINE
     with _hub_errors(spec):

@@ -226,12 +226,16 @@ def _bare(row: Row) -> str:
 
 
 class _Panics:
-    """Turns what a library in Rust raises where it gives up, which is no Exception, into one."""
+    """Turns what a library in Rust raises into a RuntimeError.
+
+    Where it gives up that is no Exception; where it refuses, one of no kind of its own.
+    """
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        if kind is not None and kind.__name__ == "PanicException":  # it cannot be imported
+        panic = kind is not None and kind.__name__ == "PanicException"  # it cannot be imported
+        if panic or kind is Exception:
             raise RuntimeError(str(error))
 
 

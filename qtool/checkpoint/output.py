@@ -53,7 +53,9 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
         names = [path.name for path in final.iterdir()]
     except OSError as error:
         raise write_error(final, error) from error
+    here = Path.cwd()
     if not names or WorkDirectory(final).pending():
+        _refuse_here(final, here)
         return final
     if not overwrite:
         WorkDirectory(final).sweep()  # of a run that was killed when all was done
@@ -61,7 +63,6 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
             f"the output {shown} is not empty",
             "choose another --output, or replace it with --overwrite",
         )
-    here = Path.cwd()
     homes = set()
     with contextlib.suppress(RuntimeError):  # a container's user may have none
         homes.add(Path.home())
@@ -73,6 +74,15 @@ def check_output(final: Path, *, overwrite: bool = False, sources: Sequence[Path
             "model and nothing else; choose another --output or remove it yourself",
         )
     return final
+
+
+def _refuse_here(final: Path, here: Path) -> None:
+    """Refuse to put a result in the place of the directory that this process stands in."""
+    if final == here:
+        raise UsageError(
+            f"the output {shown_path(final)} is the directory that qtool runs in",
+            "choose an --output inside it",
+        )
 
 
 def _check_name(final: Path, *beside: Path) -> None:

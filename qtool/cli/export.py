@@ -66,6 +66,7 @@ def export(
         from qtool.cli.admission import admitted
         from qtool.cli.recipe_flags import GGUF_KEYS, is_gguf
         from qtool.pipeline.admission import check_conversion
+        from qtool.pipeline.gguf_admission import check_restorable
         from qtool.recipe.load import validated
         from qtool.recipe.rules import parse_override
         from qtool.recipe.schema import Export as Section
@@ -98,6 +99,8 @@ def export(
         )
         if section.gguf_type is not None:
             check_conversion(checkpoint, pre=section.pre)
+        elif checkpoint.gguf:
+            check_restorable(checkpoint.gguf)
         from qtool.checkpoint.output import output_place
         from qtool.cli.export_report import export_result, export_table
         from qtool.cli.quantize_report import typed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import atexit
 import os
 import signal
 import sys
@@ -46,7 +45,6 @@ class Ending:
         self._code: int | None = None
         self._show = sys.excepthook
         sys.excepthook = self._uncaught
-        atexit.register(self._end)  # the first to be registered is the last to run
 
     def leave(self, code: int, last_words: Callable[[], None] | None = None) -> NoReturn:
         """Exit with a code, after any last words; from now on requests to end change nothing."""
@@ -56,24 +54,21 @@ class Ending:
                 self._code = code
         if last_words is not None:
             last_words()
+        # Python notes an interrupt that leaves such an `exec`, and forgets it with the next one.
+        exec("")  # noqa: S102
         sys.exit(code)
 
     def _uncaught(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        """Say nothing of an interrupt that came while another was being heeded."""
+        """End at once and say nothing where an interrupt comes while another is heeded."""
         if not issubclass(kind, KeyboardInterrupt):
             self._show(kind, error, trace)
-        elif self._code is None:
-            self._code = INTERRUPTED
-
-    def _end(self) -> None:
-        if self._code is None:  # an error that nobody foresaw: Python has its own code
             return
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # closed, full or not there
                 stream.flush()
-        os._exit(self._code)
+        os._exit(INTERRUPTED)
 
 
 def _handle_requests(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:

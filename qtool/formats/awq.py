@@ -20,27 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.errors import DamagedError, UnsupportedError
-from qtool.formats.bitpack import WORD_BITS, pack_words, unpack_words
-from qtool.formats.integer_modules import (
-    REPAIR,
-    SCALE_DTYPES,
-    expect,
-    from_group_size,
-    groups,
-    holdable,
-    integer_grid,
-    packed_modules,
-    setting,
-    stored_matrix,
-)
+from qtool.errors import UnsupportedError
+from qtool.formats.awq_layout import BITS, WORD_COLUMNS, read_awq
+from qtool.formats.bitpack import pack_words, unpack_words
+from qtool.formats.integer_modules import grid_of, groups, holdable, integer_grid
 from qtool.formats.module_patterns import skip_rules
 from qtool.formats.protocol import Format, QuantizedModule, TensorLayout
 from qtool.grids.integer import IntegerParameters
 from qtool.grids.protocol import Grid, QuantizedTensor
-
-BITS = 4
-WORD_COLUMNS = WORD_BITS // BITS
 
 COLUMN_AT = (0, 2, 4, 6, 1, 3, 5, 7)  # place in the word -> column
 PLACE_OF = tuple(COLUMN_AT.index(column) for column in range(WORD_COLUMNS))
@@ -143,49 +130,13 @@ class AwqFormat:
     def grids(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout]
     ) -> dict[str, Grid]:
-        """Return the grid of every module that has a `qweight`; all are asymmetric.
-
-        Args:
-            config: the value of `quantization_config`.
-            tensors: tensor name -> layout, from the headers of all shards.
+        """Return the grid of every module that has a `qweight`.
 
         Raises:
-            UnsupportedError: a version other than GEMM, other than 4 bits, or no zero points.
-            DamagedError: shapes and configuration contradict each other.
+            UnsupportedError, DamagedError: as `read_awq`.
         """
-        size = _group_size(config)
-        grids: dict[str, Grid] = {}
-        for name in packed_modules(tensors, "qweight"):
-            columns, words = stored_matrix(tensors, f"{name}.qweight")
-            if size > 0 and columns % size:
-                raise DamagedError(
-                    f"tensor {name}.qweight has {columns} rows, not a multiple of the group size "
-                    f"{size}",
-                    REPAIR,
-                )
-            count = columns // size if size > 0 else 1
-            expect(tensors, f"{name}.qzeros", ("I32",), (count, words))
-            shape = (count, words * WORD_COLUMNS)
-            dtype = expect(tensors, f"{name}.scales", tuple(SCALE_DTYPES), shape)
-            grids[name] = from_group_size(
-                size, bits=BITS, symmetric=False, scale_dtype=SCALE_DTYPES[dtype]
-            )
-        return grids
-
-
-def _group_size(config: Mapping[str, Any]) -> int:
-    """The group size of a readable configuration; its keys have two spellings."""
-    variant = config.get("version") or config.get("checkpoint_format") or config.get("format")
-    declared = str(variant or "gemm").lower()
-    bits = setting(config, "bits", "w_bit")
-    if declared != "gemm" or bits != BITS or not config.get("zero_point", True):
-        zeros = "" if config.get("zero_point", True) else " without zero points"
-        raise UnsupportedError(
-            f"the model is stored in the awq variant '{declared}', {bits} bits{zeros}, which qtool "
-            "cannot read",
-            "it reads version gemm, 4 bits, with zero points",
-        )
-    return setting(config, "group_size", "q_group_size")
+        found = read_awq(config, tensors)
+        return {name: grid_of(module) for name, module in found.items()}
 
 
 def _interleave(values: Tensor) -> Tensor:

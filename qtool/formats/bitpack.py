@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-WORD_BITS = 32
-
-
-def words_for(count: int, bits: int) -> int:
-    """Return how many words hold `count` values of `bits` bits."""
-    return -(-count * bits // WORD_BITS)
+from qtool.formats.packed_layouts import WORD_BITS, words_for
 
 
 def count_unit(bits: int) -> int:

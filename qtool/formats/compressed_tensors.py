@@ -21,27 +21,16 @@ import torch
 from torch import Tensor
 
 from qtool.errors import DamagedError, UnsupportedError
-from qtool.formats.bitpack import pack_words, unpack_words, words_for
-from qtool.formats.compressed_tensors_config import (
+from qtool.formats.bitpack import pack_words, unpack_words
+from qtool.formats.compressed_tensors_config import write_config
+from qtool.formats.compressed_tensors_layout import (
     BITS,
     GRANULARITIES,
-    SUPPORTED,
-    find_scheme,
-    read_schemes,
-    write_config,
+    read_compressed_tensors,
+    zero_layout,
 )
-from qtool.formats.integer_modules import (
-    DTYPE_NAMES,
-    REPAIR,
-    SCALE_DTYPES,
-    expect,
-    groups,
-    holdable,
-    integer_grid,
-    packed_modules,
-    stored,
-    stored_matrix,
-)
+from qtool.formats.integer_modules import DTYPE_NAMES, grid_of, groups, holdable, integer_grid
+from qtool.formats.packed_layouts import REPAIR, words_for
 from qtool.formats.protocol import Format, QuantizedModule, TensorLayout
 from qtool.grids.integer import IntegerGrid, IntegerParameters
 from qtool.grids.protocol import Grid, QuantizedTensor
@@ -85,7 +74,9 @@ class CompressedTensorsFormat:
             "weight_shape": TensorLayout("I64", (2,)),
         }
         if not grid.symmetric:
-            layout["weight_zero_point"] = _zero_layout(grid, rows, groups(grid, columns))
+            layout["weight_zero_point"] = zero_layout(
+                grid.granularity, grid.bits, rows, groups(grid, columns)
+            )
         return {f"{module.name}.{part}": value for part, value in layout.items()}
 
     def pack(self, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
@@ -150,71 +141,15 @@ class CompressedTensorsFormat:
     ) -> dict[str, Grid]:
         """Return the grid of every module that has a `weight_packed`.
 
-        Args:
-            config: the value of `quantization_config`.
-            tensors: tensor name -> layout, from the headers of all shards.
-
         Raises:
-            UnsupportedError: a variant other than pack-quantized 4- and 8-bit integers.
-            DamagedError: shapes and configuration contradict each other.
+            UnsupportedError, DamagedError: as `read_compressed_tensors`.
         """
-        schemes = read_schemes(config)
-        grids: dict[str, Grid] = {}
-        for name in packed_modules(tensors, "weight_packed"):
-            if f"{name}.weight_g_idx" in tensors:
-                raise UnsupportedError(f"{name} has groups in activation order", SUPPORTED)
-            rows, words = stored_matrix(tensors, f"{name}.weight_packed")
-            scheme = find_scheme(schemes, name)
-            count = 1
-            if scheme.group_size is not None:
-                count = _group_count(name, tensors)
-                held = words_for(count * scheme.group_size, scheme.bits)
-                if held != words:
-                    raise DamagedError(
-                        f"tensor {name}.weight_packed has {words} words in a row; {count} groups "
-                        f"of {scheme.group_size} {scheme.bits}-bit weights need {held}",
-                        REPAIR,
-                    )
-            shape = (1,) if scheme.granularity == "tensor" else (rows, count)
-            dtype = expect(tensors, f"{name}.weight_scale", tuple(SCALE_DTYPES), shape)
-            expect(tensors, f"{name}.weight_shape", ("I64", "I32"), (2,))
-            grid = scheme.grid(SCALE_DTYPES[dtype])
-            _expect_zeros(name, tensors, grid, rows, count)
-            grids[name] = grid
-        return grids
+        found = read_compressed_tensors(config, tensors)
+        return {name: grid_of(module) for name, module in found.items()}
 
 
 def _scale_shape(grid: IntegerGrid, rows: int, columns: int) -> tuple[int, ...]:
     return (1,) if grid.granularity == "tensor" else (rows, groups(grid, columns))
-
-
-def _zero_layout(grid: IntegerGrid, rows: int, count: int) -> TensorLayout:
-    """The layout of `count` zero points a row: packed, but for the one of a whole tensor."""
-    if grid.granularity == "tensor":
-        return TensorLayout("I8", (1,))
-    return TensorLayout("I32", (words_for(rows, grid.bits), count))
-
-
-def _expect_zeros(
-    name: str, tensors: Mapping[str, TensorLayout], grid: IntegerGrid, rows: int, count: int
-) -> None:
-    """Hold the header of zero points to the grid; symmetric weights may have some, all the middle.
-
-    Such ones, which say nothing, may also be bytes as the scales are laid out.
-    """
-    full = f"{name}.weight_zero_point"
-    if grid.symmetric and full not in tensors:
-        return
-    zeros = _zero_layout(grid, rows, count)
-    if grid.symmetric and stored(tensors, full).dtype == "I8":
-        zeros = TensorLayout("I8", stored(tensors, f"{name}.weight_scale").shape)
-    expect(tensors, full, (zeros.dtype,), zeros.shape)
-
-
-def _group_count(name: str, tensors: Mapping[str, TensorLayout]) -> int:
-    """G as the scales' header states it; `expect` sees to the rest of that header."""
-    shape = stored(tensors, f"{name}.weight_scale").shape
-    return shape[-1] if shape else 0
 
 
 def _one(name: str, values: Tensor) -> Tensor:

@@ -111,9 +111,11 @@ def dequantize(name: str, data: Tensor, columns: int) -> Tensor:
     if name in FLOATS:
         return _copied(data).view(FLOATS[name]).to(torch.float32)
     import gguf
+    import numpy as np
 
     try:
-        values = gguf.dequantize(data.cpu().numpy(), gguf.GGMLQuantizationType[name])
+        with np.errstate(all="ignore"):  # whoever asks looks for what is not finite
+            values = gguf.dequantize(data.cpu().numpy(), gguf.GGMLQuantizationType[name])
     except (KeyError, NotImplementedError) as error:
         raise UnsupportedError(
             f"tensors of type {name} cannot be read",

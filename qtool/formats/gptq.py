@@ -21,27 +21,16 @@ from torch import Tensor
 
 from qtool import __version__
 from qtool.errors import DamagedError, UnsupportedError
-from qtool.formats.bitpack import WORD_BITS, count_unit, pack_words, unpack_words, words_for
-from qtool.formats.integer_modules import (
-    REPAIR,
-    SCALE_DTYPES,
-    expect,
-    from_group_size,
-    groups,
-    holdable,
-    integer_grid,
-    packed_modules,
-    setting,
-    stored_matrix,
-)
-from qtool.formats.module_patterns import override_for, pattern_of, skip_rules
+from qtool.formats.bitpack import count_unit, pack_words, unpack_words
+from qtool.formats.gptq_layout import BITS, read_gptq
+from qtool.formats.integer_modules import grid_of, groups, holdable, integer_grid
+from qtool.formats.module_patterns import pattern_of, skip_rules
+from qtool.formats.packed_layouts import WORD_BITS, words_for
 from qtool.formats.protocol import Format, QuantizedModule, TensorLayout
 from qtool.grids.integer import IntegerGrid, IntegerParameters
 from qtool.grids.protocol import Grid, QuantizedTensor
 
-BITS = (2, 3, 4, 8)
 ZERO_HINT = "fit the grid with zero points from 1 (lowest_zero=1)"
-VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 # GPTQModel loads asymmetric version 1 files only if this list names a gptqmodel of at least 0.9:
 # earlier writers let zero points of 0 underflow. Ours are at least 1, so the rule is met, and the
@@ -182,60 +171,11 @@ class GptqFormat:
     ) -> dict[str, Grid]:
         """Return the grid of every module that has a `qweight`.
 
-        Args:
-            config: the value of `quantization_config`.
-            tensors: tensor name -> layout, from the headers of all shards.
-
         Raises:
-            UnsupportedError: a layout other than versions 1 and 2 in 32-bit words.
-            DamagedError: shapes and configuration contradict each other.
+            UnsupportedError, DamagedError: as `read_gptq`.
         """
-        version = _version(config)
-        return {
-            name: self._grid(name, config, tensors, lowest_zero=2 - version)
-            for name in packed_modules(tensors, "qweight")
-        }
-
-    def _grid(
-        self,
-        name: str,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, TensorLayout],
-        lowest_zero: int,
-    ) -> IntegerGrid:
-        own = {**config, **override_for(config.get("dynamic"), name)}
-        bits, size = setting(own, "bits"), setting(own, "group_size")
-        if bits not in BITS:
-            raise UnsupportedError(
-                f"{name}: {bits}-bit gptq modules are not supported",
-                f"qtool reads {', '.join(map(str, BITS))} bits",
-            )
-        words, rows = stored_matrix(tensors, f"{name}.qweight")
-        columns = words * WORD_BITS // bits
-        if words * WORD_BITS % bits or columns % (size if size > 0 else 1):
-            raise DamagedError(
-                f"tensor {name}.qweight: {words} rows of words do not hold whole groups of {size} "
-                f"{bits}-bit weights",
-                REPAIR,
-            )
-        count = columns // size if size > 0 else 1
-        expect(tensors, f"{name}.qzeros", ("I32",), (count, words_for(rows, bits)))
-        dtype = expect(tensors, f"{name}.scales", tuple(SCALE_DTYPES), (count, rows))
-        if f"{name}.g_idx" not in tensors and own.get("desc_act"):
-            raise DamagedError(
-                f"{name}: desc_act says that groups follow the activation order, but the tensor "
-                f"{name}.g_idx, which says how, is missing",
-                REPAIR,
-            )
-        if f"{name}.g_idx" in tensors:
-            expect(tensors, f"{name}.g_idx", ("I32", "I64"), (columns,))
-        return from_group_size(
-            size,
-            bits=bits,
-            symmetric=bool(own.get("sym", True)),
-            scale_dtype=SCALE_DTYPES[dtype],
-            lowest_zero=lowest_zero,
-        )
+        found = read_gptq(config, tensors)
+        return {name: grid_of(module) for name, module in found.items()}
 
 
 def _settings(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
@@ -243,28 +183,6 @@ def _settings(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
     integers = integer_grid(grid)
     size = integers.group_size if integers.granularity == "group" else -1
     return (("bits", integers.bits), ("group_size", size), ("sym", integers.symmetric))
-
-
-def _version(config: Mapping[str, Any]) -> int:
-    """The version of the layout, 1 or 2; files older than the key are version 1.
-
-    Raises:
-        UnsupportedError: another layout, such as marlin or gptq_p, or words of other than 32 bits.
-    """
-    declared = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
-    if declared not in VERSIONS or config.get("is_marlin_format"):
-        shown = "marlin" if config.get("is_marlin_format") else declared
-        raise UnsupportedError(
-            f"the model is stored in the gptq variant '{shown}', which qtool cannot read",
-            f"variants it reads: {', '.join(VERSIONS)}",
-        )
-    words = str(config.get("pack_dtype") or "int32")
-    if words != "int32":
-        raise UnsupportedError(
-            f"the model packs its weights into {words}, which qtool cannot read",
-            "it reads pack_dtype int32",
-        )
-    return VERSIONS[declared]
 
 
 def _group_of_column(columns: int, grid: IntegerGrid, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ dtype and shape before a weight is read, so that the plan can place each byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,6 +81,17 @@ FORMATS: Registry[Format] = Registry(
         "gptq": "qtool.formats.gptq:GPTQ",
         "awq": "qtool.formats.awq:AWQ",
         "compressed-tensors": "qtool.formats.compressed_tensors:COMPRESSED_TENSORS",
+    },
+)
+
+# Method -> what reads its configuration and headers, without torch.
+LAYOUTS: Registry[Callable[[Mapping[str, Any], Mapping[str, TensorLayout]], Mapping[str, object]]]
+LAYOUTS = Registry(
+    "format",
+    {
+        "gptq": "qtool.formats.gptq_layout:read_gptq",
+        "awq": "qtool.formats.awq_layout:read_awq",
+        "compressed-tensors": ("qtool.formats.compressed_tensors_layout:read_compressed_tensors"),
     },
 )
 

@@ -112,9 +112,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family, shape: ModelShape | No
             )
     stored = _check_parts(checkpoint) if packed else set()
     needed = {tensor.name for tensor in shape.tensors if not tensor.computed}
+    tied = checkpoint.config.get("tie_word_embeddings", family.gguf.tied)
+    own_head = "" if tied else f"{family.head}.weight"  # llama.cpp may have no place for it
     for name in expected:
         present = name in checkpoint.refs or name.removesuffix(".weight") in stored
-        if not present and llama_name(name, family) in needed:
+        if not present and (name == own_head or llama_name(name, family) in needed):
             raise DamagedError(
                 f"tensor '{name}' is missing from {_whole(checkpoint)}, though its "
                 f"{CONFIG_FILE} describes it",

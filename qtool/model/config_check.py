@@ -12,6 +12,7 @@ from typing import Any
 
 from qtool.checkpoint.untrusted import GET_AGAIN, printable
 from qtool.errors import DamagedError
+from qtool.model.config_kinds import check_kinds
 from qtool.model.config_values import head_size, real, section, whole
 from qtool.model.family import Family
 
@@ -22,7 +23,12 @@ ACTIVATIONS = frozenset(
     | {"swish", "tanh", "xielu"}
 )
 ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3", "su"})
-NEED_FACTOR = frozenset({"linear", "dynamic", "yarn", "llama3"})
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 DTYPES = frozenset({"auto", "float16", "bfloat16", "float32", "float64", "half", "float", "double"})
 
@@ -45,6 +51,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "rope_theta": (1e-9, LARGEST_BASE),
     "rope_local_base_freq": (1e-9, LARGEST_BASE),
 }
+# llama.cpp takes these for missing where they are 0, transformers multiplies by them.
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier")
 FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings", "use_cache")
 
 
@@ -68,6 +76,7 @@ def check_config(config: Mapping[str, Any], family: Family, where: str) -> None:
     for key in ("sliding_window", "max_window_layers", "original_max_position_embeddings"):
         if config.get(key) is not None and config[key] != 0:
             whole(config, key, where=where)
+    _check_window(config, family, where)
     blocks = whole(config, "num_hidden_layers", where=where)
     heads = whole(config, "num_attention_heads", where=where)
     shared = whole(config, "num_key_value_heads", heads, where=where)
@@ -77,9 +86,32 @@ def check_config(config: Mapping[str, Any], family: Family, where: str) -> None:
     if size % 2:
         raise _wrong(where, "head_dim", size, "an even number of values, which rotate in pairs")
     _check_layer_types(config, blocks, where)
+    _check_class(config, family, where)
     for key in ("rope_parameters", "rope_scaling"):
         _check_rope(section(config, key, where=where), size, config, f"{where}: {key}")
     _check_token_ids(config, where)
+    check_kinds(config, family, where)
+
+
+def _check_window(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse a window of no tokens: to llama.cpp it is none, to transformers an empty one."""
+    window = family.gguf.window
+    used = window is not None and (not window.switched or config.get("use_sliding_window") is True)
+    if used and config.get("sliding_window") == 0:
+        raise _wrong(where, "sliding_window", 0, "a width of at least 1")
+
+
+def _check_class(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Refuse a model that engines going by `architectures` run as another one than its type says.
+
+    One with code of its own has a class of its own, too.
+    """
+    named = config.get("architectures")
+    if not named or "auto_map" in config:
+        return
+    if not isinstance(named, list) or family.gguf.model_class not in named:
+        kind = f"{family.gguf.model_class}, as 'model_type' {family.model_type} says"
+        raise _wrong(where, "architectures", named, kind)
 
 
 def _check_token_ids(config: Mapping[str, Any], where: str) -> None:
@@ -102,6 +134,8 @@ def _check_ranges(config: Mapping[str, Any], where: str) -> None:
         value = real(config, key, where=where)
         if not least <= value <= most:
             raise _wrong(where, key, config[key], f"a number from {least:g} to {most:g}")
+        if key in MULTIPLIERS and value == 0:
+            raise _wrong(where, key, config[key], "a number other than 0")
 
 
 def _check_words(config: Mapping[str, Any], family: Family, where: str) -> None:
@@ -141,13 +175,7 @@ def _check_rope(
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise _wrong(where, "rope_type", kind, f"one of {', '.join(sorted(ROPE_TYPES))}")
     _check_ranges(stated, where)
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
-        needed = key == "factor" and kind in NEED_FACTOR
-        if stated.get(key) is None and not needed:
-            continue
-        value = real(stated, key, where=where)
-        if not 0 < value <= LARGEST_FACTOR:
-            raise _wrong(where, key, value, f"a number above 0, up to {LARGEST_FACTOR:g}")
+    _check_rope_numbers(stated, kind, where)
     if kind not in {"longrope", "su"}:
         return
     part = real(
@@ -161,6 +189,19 @@ def _check_rope(
         )
         if not numbers or len(values or ()) != pairs:
             raise _wrong(where, key, values, f"{pairs} numbers above 0")
+
+
+def _check_rope_numbers(stated: Mapping[str, Any], kind: str, where: str) -> None:
+    if "rope_theta" in stated and stated["rope_theta"] is None:
+        raise _wrong(where, "rope_theta", None, "a number")
+    if stated.get("original_max_position_embeddings") is not None:
+        whole(stated, "original_max_position_embeddings", where=where)
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+        if stated.get(key) is None and key not in NEEDED.get(kind, ()):
+            continue
+        value = real(stated, key, where=where)
+        if not 0 < value <= LARGEST_FACTOR:
+            raise _wrong(where, key, value, f"a number above 0, up to {LARGEST_FACTOR:g}")
 
 
 def _wrong(where: str, key: str, value: object, wanted: str) -> DamagedError:

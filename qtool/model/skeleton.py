@@ -16,9 +16,11 @@ from qtool.checkpoint.untrusted import naming, shown_path
 from qtool.errors import DamagedError
 from qtool.model.family import Family, family_of
 
-# Not of the model: how it is stored, and what a call is to return, which is ours to ask for.
+# Not of the model: how it is stored, what a call is to return, which is ours to ask for, and which
+# kernels compute its attention: one that is not installed, or that transformers gets from the hub.
 NOT_OF_THE_MODEL = frozenset(
     {"quantization_config", "output_attentions", "output_hidden_states", "return_dict"}
+    | {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 )
 
 

@@ -13,12 +13,12 @@ from typing import Any
 from qtool.calibration.tokenizer_trial import check_tokenizer
 from qtool.checkpoint.locate import CONFIG_FILE, Checkpoint
 from qtool.checkpoint.untrusted import GET_AGAIN, naming, printable, read_json_object, shown_path
-from qtool.errors import DamagedError, UnsupportedError
+from qtool.errors import DamagedError, QtoolError, UnsupportedError
 from qtool.formats.gguf_file_types import file_type_named
 from qtool.formats.gguf_pretokenizers import flattened
 from qtool.formats.gguf_vocab import vocabulary
 from qtool.formats.gguf_vocab_files import TokenizerFiles, read_tokenizer_files
-from qtool.formats.protocol import FORMATS
+from qtool.formats.protocol import FORMATS, LAYOUTS, TensorLayout
 from qtool.memory.expected_tensors import check_tensors
 from qtool.model.config_check import check_config
 from qtool.model.conversion import converted_tensors
@@ -86,7 +86,8 @@ def admit(
 def _admit_directory(
     checkpoint: Checkpoint, *, trusted: bool, tokenizer: bool
 ) -> tuple[tuple[str, str], ...]:
-    family = family_of(checkpoint.config)
+    with naming(checkpoint.path / CONFIG_FILE):
+        family = family_of(checkpoint.config)
     where = shown_path(checkpoint.path / CONFIG_FILE)
     settings = {
         path.name: read_json_object(path, max_bytes=MAX_JSON_BYTES)
@@ -112,7 +113,11 @@ def _admit_directory(
             GET_AGAIN,
         )
     check_tensors(checkpoint, family)
-    _check_growth(read_tokenizer_files(checkpoint.path))
+    if declared:
+        _check_packed(checkpoint)
+    files = read_tokenizer_files(checkpoint.path)
+    _check_growth(files)
+    _check_dropout(files)
     if tokenizer:
         check_tokenizer(checkpoint.path, int(checkpoint.config["vocab_size"]))
     return warnings
@@ -139,6 +144,21 @@ def _check_expressions(declared: Mapping[str, Any], checkpoint: Checkpoint) -> N
         )
 
 
+def _check_packed(checkpoint: Checkpoint) -> None:
+    """Hold packed tensors to the quantization_config, and name the file of the one that differs."""
+    declared = checkpoint.config["quantization_config"]
+    layouts = {n: TensorLayout(ref.dtype, tuple(ref.shape)) for n, ref in checkpoint.refs.items()}
+    try:
+        LAYOUTS[declared["quant_method"]](declared, layouts)
+    except QtoolError as error:
+        place, said = checkpoint.path / CONFIG_FILE, error.message.removeprefix(f"{CONFIG_FILE}: ")
+        if said.startswith("tensor "):
+            module = said.split()[1].rpartition(".")[0]
+            refs = checkpoint.refs.items()
+            place = next((ref.file for name, ref in refs if name.startswith(f"{module}.")), place)
+        raise type(error)(f"{shown_path(place)}: {said}", error.hint) from error
+
+
 def check_has_tokenizer(checkpoint: Checkpoint) -> None:
     """Check that there are files that a tokenizer can be loaded from.
 
@@ -150,6 +170,17 @@ def check_has_tokenizer(checkpoint: Checkpoint) -> None:
         raise DamagedError(
             f"{shown_path(directory)} has no tokenizer: {TOKENIZERS[0]} is missing",
             "tokenizer.json and tokenizer_config.json must lie beside the weights",
+        )
+
+
+def _check_dropout(files: TokenizerFiles) -> None:
+    """Refuse a tokenizer that cuts the same text differently each time: nothing repeats then."""
+    model = files.tokenizer.get("model")
+    if isinstance(model, Mapping) and model.get("dropout"):
+        raise DamagedError(
+            f"{shown_path(files.tokenizer_path)}: 'dropout' is {printable(model['dropout'])}, so "
+            "that it cuts the same text differently each time",
+            "set it to null: it is for training only",
         )
 
 
@@ -187,7 +218,9 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     family = family_of(checkpoint.config)
     if checkpoint.config.get("quantization_config"):
         raise UnsupportedError(
-            f"{checkpoint.name} is already quantized", "quantize the original float model instead"
+            f"{shown_path(checkpoint.path / CONFIG_FILE)}: {printable(checkpoint.name)} is already "
+            "quantized",
+            "quantize the original float model instead",
         )
     found = block_linears(checkpoint, family)
     check_patterns([rule.match for rule in recipe.rules], list(found))

@@ -151,7 +151,11 @@ def _observed(
         stream, stream.hidden, block, index, family.taps, statistics="diagonal", move_on=True
     )
     for tap in family.taps:
-        check_finite(f"{path}: input of {tap.linears[0]}", seen[tap.name].diagonal)
+        check_finite(
+            f"{path}: input of {tap.linears[0]}",
+            seen[tap.name].diagonal,
+            source.file(f"{path}.{tap.linears[0]}.weight"),
+        )
     skeleton.drop(path)
     return seen
 

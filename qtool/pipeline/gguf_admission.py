@@ -19,9 +19,11 @@ from qtool.checkpoint.untrusted import GET_AGAIN, naming, printable
 from qtool.errors import DamagedError, UnsupportedError
 from qtool.evaluation.gguf_contents import check_is_model
 from qtool.formats.gguf_tensors import block_of
+from qtool.formats.gguf_tokenizer_files import tokenizer_files
 from qtool.memory.expected_tensors import INTEGERS, OTHER_MODEL
 from qtool.memory.shape_of_config import shape_of_config
 from qtool.model.config_check import check_config
+from qtool.model.conversion import checkpoint_tensors
 from qtool.model.family import FAMILIES
 from qtool.model.gguf_config import METADATA, checkpoint_config
 from qtool.model.gguf_rope import FACTOR_TENSORS
@@ -48,6 +50,9 @@ def admit_gguf(parts: tuple[GgufContents, ...]) -> None:
     """
     first = parts[0]
     refs = {ref.name: ref for part in parts for ref in part.tensors}
+    for part in parts:
+        with naming(part.path):
+            _check_no_gaps(part)
     with naming(first.path):
         check_is_model(first)
         tokens = _check_tokenizer(first.metadata)
@@ -59,6 +64,44 @@ def admit_gguf(parts: tuple[GgufContents, ...]) -> None:
             )
         _check_counts(first.metadata)
         _check_family(first.metadata, refs)
+
+
+def check_restorable(parts: tuple[GgufContents, ...]) -> None:
+    """Check that an admitted GGUF file can be written as a float directory for transformers.
+
+    Raises:
+        UnsupportedError: transformers has no such model or tokenizer.
+        DamagedError: metadata are missing or impossible.
+    """
+    metadata = parts[0].metadata
+    refs = {ref.name: ref for part in parts for ref in part.tensors}
+    with naming(parts[0].path):
+        config = _config(metadata, refs)
+        shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
+        checkpoint_tensors(config, FAMILIES[config["model_type"]], shapes)
+        tokenizer_files(metadata)
+
+
+def _config(metadata: Mapping[str, Value], refs: Mapping[str, TensorRef]) -> dict[str, Any]:
+    shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
+    factors = {name: _numbers(refs[name]) for name in FACTOR_TENSORS if name in refs}
+    return checkpoint_config(metadata, shapes, factors)
+
+
+def _check_no_gaps(part: GgufContents) -> None:
+    """Refuse bytes that belong to no tensor, as llama.cpp does.
+
+    A type or shape that was altered to a smaller one leaves them, and nothing else shows it.
+    """
+    position = part.data_start
+    for ref in part.tensors:
+        if ref.start != position:
+            raise DamagedError(
+                f"tensor '{printable(ref.name)}' begins at byte {ref.start}, where what stands "
+                f"before it ends at {position}",
+                GET_AGAIN,
+            )
+        position += -(-(ref.stop - ref.start) // part.alignment) * part.alignment
 
 
 def _check_counts(metadata: Mapping[str, Value]) -> None:
@@ -130,14 +173,24 @@ def _check_family(metadata: Mapping[str, Value], refs: Mapping[str, TensorRef]) 
     architecture = metadata["general.architecture"].content
     if all(FAMILIES[name].gguf_architecture != architecture for name in FAMILIES):
         return
-    shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
-    factors = {name: _numbers(refs[name]) for name in FACTOR_TENSORS if name in refs}
     try:
-        config = checkpoint_config(metadata, shapes, factors)
+        config = _config(metadata, refs)
     except UnsupportedError:  # a variant that llama.cpp may run all the same
+        _check_vectors(refs)
         return
     check_config(config, FAMILIES[config["model_type"]], METADATA)
     _check_tensors(config, refs)
+
+
+def _check_vectors(refs: Mapping[str, TensorRef]) -> None:
+    """Refuse a matrix under the name of a bias, which is whose weight is then missing."""
+    for name, ref in refs.items():
+        if name.endswith(".bias") and len(ref.shape) > 1 and f"{name[:-5]}.weight" not in refs:
+            raise DamagedError(
+                f"tensor '{printable(name)}' has the shape {list(ref.shape)}, and there is no "
+                f"'{printable(name[:-5])}.weight'",
+                OTHER_MODEL,
+            )
 
 
 def _check_tensors(config: Mapping[str, Any], refs: Mapping[str, TensorRef]) -> None:

@@ -20,6 +20,7 @@ from qtool.checkpoint.gguf_writer import PARTIAL_SUFFIX, GgufWriter
 from qtool.checkpoint.header import TensorRef
 from qtool.checkpoint.locate import Checkpoint
 from qtool.checkpoint.reader import TensorReader, tensor_bytes
+from qtool.checkpoint.untrusted import naming
 from qtool.errors import DamagedError
 from qtool.formats.modelfile import ollama_modelfile
 from qtool.formats.reading import DenseSource
@@ -225,7 +226,9 @@ class GgufFileWriter:
         if converted.permuted_heads:
             order = torch.as_tensor(row_order(quantized.shape[0], converted.permuted_heads))
             quantized = quantized.select_rows(order)
-        self._file.write(converted.name, [tensor_bytes(packed(converted.name, quantized))])
+        with naming(self._checkpoint.path):
+            stored = packed(converted.name, quantized)
+        self._file.write(converted.name, [tensor_bytes(stored)])
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that a transform rewrote."""
@@ -288,8 +291,14 @@ class GgufFileWriter:
     def _encode(self, planned: PlannedTensor, rows: Iterator[Tensor]) -> None:
         name = planned.converted.name
         importance = self._importance.get(name)
-        chunks = (encoded(name, planned.kind, part, importance) for part in rows)
-        self._file.write(name, (tensor_bytes(chunk) for chunk in chunks))
+
+        def stored() -> Iterator[memoryview]:
+            for part in rows:
+                with naming(self._checkpoint.path):  # but not for what the output's disk says
+                    chunk = encoded(name, planned.kind, part, importance)
+                yield tensor_bytes(chunk)
+
+        self._file.write(name, stored())
 
 
 def verify_gguf(output: PlannedGguf, directory: Path) -> None:

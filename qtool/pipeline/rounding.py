@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.calibration.moments import Moments
 from qtool.checkpoint.reader import check_finite
+from qtool.checkpoint.untrusted import shown_path
 from qtool.errors import NumericalError
 from qtool.grids.integer import IntegerGrid
 from qtool.grids.protocol import Grid, QuantizedTensor
@@ -67,7 +68,8 @@ def round_tap(
             tensors.update(zip([x.name for x in alike], split, strict=True))
             dampings.update({x.name: (found.damp_percent, found.damp_raised) for x in alike})
     except NumericalError as error:
-        raise NumericalError(f"{linears[0].name}: {error.message}", error.hint) from error
+        where = f"{shown_path(plan.checkpoint.path)}: {linears[0].name}"
+        raise NumericalError(f"{where}: {error.message}", error.hint) from error
     seconds = (time.perf_counter() - started) / len(linears)
     compared = plan.rounding.name != "rtn" or (moments is not None and moments.cross is not None)
     reports = []

@@ -319,6 +319,18 @@ GGUFS: dict[str, Hostile] = {
     "an offset beyond": bad(rewritten(tensors={"blk.1.ffn_up.weight": {"offset": 2**62}})),
     "an offset that wraps": bad(rewritten(tensors={"blk.1.ffn_up.weight": {"offset": 2**64 - 32}})),
     "an offset between": bad(rewritten(tensors={"blk.1.ffn_up.weight": {"offset": 33}}), "offset"),
+    "a type of fewer bytes": bad(
+        rewritten(tensors={"blk.1.ffn_up.weight": {"kind": 2}}), "begins at byte", by=USING
+    ),
+    "a shape of fewer bytes": bad(
+        rewritten(tensors={"blk.1.ffn_up.weight": {"shape": (32, 64)}}), "begins at byte", by=USING
+    ),
+    "a matrix named as a bias": bad(
+        rewritten(tensors={"blk.0.attn_q.weight": {"name": "blk.0.attn_q.bias"}}), "bias", by=USING
+    ),
+    "values of another size than keys": bad(
+        rewritten({"llama.attention.value_length": u32(4)}), "value_length", by=("restore",)
+    ),
     "an overlap": bad(rewritten(tensors={"blk.1.ffn_up.weight": {"offset": 0}}), "overlap"),
     "bytes behind": bad(rewritten(tail=b"evil" * 100), by=()),
     "split of one": bad(

@@ -97,8 +97,10 @@ def said(dropping, work, sent, **settings):
     )
 
 
-def heed_ctrl_c():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_all():
+    """A shell's background jobs ignore Ctrl-C, those of nohup a closed terminal."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_ctrl_c():
@@ -108,7 +110,7 @@ def ignore_ctrl_c():
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU"])
 @pytest.mark.parametrize("where", DROPPING)
 def test_a_request_that_python_drops_is_made_again(where, sent):
-    outcome = said(DROPPING[where], WORK["computing"], sent, preexec_fn=heed_ctrl_c)
+    outcome = said(DROPPING[where], WORK["computing"], sent, preexec_fn=heed_all)
     assert (outcome.stdout, outcome.stderr) == ("interrupted\n", "")
 
 
@@ -154,7 +156,7 @@ __main__.main()
 """
 
 
-def ends(work, **settings):
+def ends(work):
     program = ENDING.format(work="\n".join(f"    {line}" for line in work))
     return subprocess.run(
         [sys.executable, "-c", program],
@@ -163,8 +165,7 @@ def ends(work, **settings):
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=heed_ctrl_c,
-        **settings,
+        preexec_fn=heed_all,
     )
 
 
@@ -230,6 +231,7 @@ __main__.main()
             text=True,
             timeout=60,
             check=False,
+            preexec_fn=heed_all,
         )
         assert (done.returncode, done.stderr) == (130, "")
 
@@ -312,6 +314,7 @@ __main__.main()
         text=True,
         timeout=60,
         check=False,
+        preexec_fn=heed_all,
     )
     assert done.returncode == 130
     assert done.stderr.splitlines() == [

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
 
 from qtool.calibration import tokens
-from qtool.calibration.datasets import DatasetSpec
+from qtool.calibration.datasets import DatasetSpec, read_rows
 from qtool.cli.app import run
-from qtool.errors import DamagedError
+from qtool.errors import DamagedError, UsageError
 
 MANY = 3_000_000
 
@@ -105,3 +105,27 @@ def test_calibrating_refuses_what_no_text_reads_if_it_is_not_finite(tmp_path, ca
     assert run([str(argument) for argument in arguments]) == 8
     assert name in capsys.readouterr().err
     assert not (tmp_path / "s.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["hf:../../x", "hf:/etc/x", "hf:.", "hf:a/../b", "hf:./a"])
+def test_a_path_is_no_dataset_of_the_hub(server, tmp_path, model, name):
+    """The library would read the files below it, whatever they are."""
+    ended = server.run("calibrate", model, "-o", "s.gguf", "-d", name, cwd=tmp_path)
+    assert ended.code == 2, ended.err
+    assert name.removeprefix("hf:") in ended.message
+    assert not ended.heavy
+    text = f"version: 1\nmodel: {{id: '{model}'}}\nquantize: {{method: gptq, group_size: 32}}\n"
+    text += f"calibration: {{datasets: [{{hf: '{name.removeprefix('hf:')}'}}]}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    ended = server.run("quantize", "--recipe", "r.yaml", "-o", "out", cwd=tmp_path)
+    assert ended.code == 2, ended.err
+    assert "r.yaml" in ended.message
+    assert not ended.heavy
+
+
+def test_a_directory_is_not_taken_for_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "data").mkdir(parents=True)
+    (tmp_path / "org" / "data" / "train.txt").write_text("words of somebody else")
+    with pytest.raises(UsageError, match="'org/data' here"):
+        list(read_rows(DatasetSpec("hub", "org/data"), seed=None))

@@ -172,6 +172,40 @@ def test_a_packed_model_that_contradicts_itself_is_not_unpacked(
     assert snapshot(tmp_path) == before
 
 
+HEADERS = {
+    "bits of none": ("gptq", declared(bits=0), "config.json"),
+    "bits of a fraction": ("gptq", declared(bits=4.5), "config.json"),
+    "another group size": ("gptq", declared(group_size=64), WEIGHTS),
+    "no group size": ("awq", declared(group_size=None), "config.json"),
+    "another layout": ("gptq", declared(checkpoint_format="\x1b[31mevil"), "config.json"),
+    "another version": ("awq", declared(version="gemm_fast"), "config.json"),
+    "words of 64 bits": ("awq", parts(qweight=lambda x: x.to(torch.int64)), WEIGHTS),
+    "scales on their side": ("gptq", parts(scales=lambda x: x.T), WEIGHTS),
+    "no zero points": ("awq", without("qzeros"), WEIGHTS),
+    "weights of float": ("compressed-tensors", group(weights__type="float"), "config.json"),
+    "another strategy": ("compressed-tensors", group(weights__strategy="channel"), WEIGHTS),
+    "a target that is no pattern": ("compressed-tensors", group(targets=["re:["]), "config.json"),
+    "a shape of one": ("compressed-tensors", parts(weight_shape=lambda x: x[:1]), WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("command", ["export", "eval"])
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_are_held_to_their_configuration_before_torch(
+    server, sound, tmp_path, name, command
+):
+    kind, spoil, file = HEADERS[name]
+    shutil.copytree(sound / kind, tmp_path / "model")
+    spoil(tmp_path / "model")
+    before = snapshot(tmp_path)
+    given = EXPORTS["floats"] if command == "export" else ("-l", "32", "-n", "2")
+    ended = server.run(command, "model", *given, cwd=tmp_path)
+    assert ended.code in {5, 6}, ended.err
+    assert f"model/{file}" in ended.message
+    assert not ended.heavy
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "tensor", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
 )
