@@ -39,8 +39,8 @@ def admitted(
 
     Raises:
         QtoolError: as `locate` and `admit`; or a file that goes with it is unusable.
+        CapacityError: PyTorch has no room.
     """
-    _check_address_space()
     checkpoint = locate(model, revision, offline, gguf=gguf)
     warnings = admit(checkpoint, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
     if needs_tokenizer and not checkpoint.gguf:
@@ -49,6 +49,7 @@ def admitted(
         open_statistics(path)
     for spec in datasets:
         check_file(spec)
+    _check_address_space()  # after all that a refusal needs little memory for
     progress = terminal.progress()
     for code, message in warnings:
         progress.warn(code, message)
