@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 
 # Threads that spin while they wait take the cores from whoever else needs them, and from our own
 # small operations. Must stand before PyTorch is loaded.
@@ -16,26 +15,20 @@ def main() -> None:
     from qtool.cli.requests_to_end import INTERRUPTED, Ending, heed_requests
 
     ending = Ending()
-    code: int | None = None
     try:
         heed_requests()
         from qtool.cli.app import run
 
-        code = INTERRUPTED
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before a command's own work, or one more after it
-        pass
-    if code in {None, INTERRUPTED}:
-        ending.leave(INTERRUPTED, partial(_say_interrupted, early=code is None))
-    ending.leave(code or 0)
+    except KeyboardInterrupt:  # before or after a command's own work
+        code = INTERRUPTED
+    ending.leave(code, _answer if code == INTERRUPTED else None)
 
 
-def _say_interrupted(*, early: bool) -> None:
-    """Answer a request to end that no command did."""
-    from qtool.cli.session import begin_command, say_interrupted
+def _answer() -> None:
+    """Answer a request to end, in case no command did."""
+    from qtool.cli.session import say_interrupted
 
-    if early:
-        begin_command()
     say_interrupted(sys.argv[1:])
 
 

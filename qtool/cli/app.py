@@ -15,7 +15,7 @@ from qtool.cli.estimate_memory import estimate_memory
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
 from qtool.cli.quantize import quantize
-from qtool.cli.session import begin_command, say_interrupted, session, show_failure
+from qtool.cli.session import begin_command, session, show_failure
 from qtool.console import finish_stdout
 from qtool.errors import InterruptionError, QtoolError, UsageError
 
@@ -134,8 +134,6 @@ def run(arguments: list[str]) -> int:
             raise
         show_failure(given[0], refusal, as_json="--json" in given)
         return UsageError.exit_code
-    if returned == InterruptionError.exit_code:
-        say_interrupted(given)
     finish_stdout()
     return returned if isinstance(returned, int) else 0
 

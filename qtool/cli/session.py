@@ -29,7 +29,6 @@ ISSUES = "this is a bug in qtool: run again with -v and report the traceback"
 class _Command:
     """The command of this process, as far as its last words go."""
 
-    begun = False
     terminal: Terminal | None = None
     told = False  # why it failed
 
@@ -110,12 +109,12 @@ def show_failure(command: str, error: QtoolError, *, as_json: bool) -> None:
 
 def begin_command() -> None:
     """Forget what was said of the command before."""
-    _Command.begun, _Command.terminal, _Command.told = True, None, False
+    _Command.terminal, _Command.told = None, False
 
 
 def say_interrupted(arguments: Sequence[str]) -> None:
     """Answer a request to end that no session heard: before its work, or while it gave up."""
-    if _Command.told or not _Command.begun:
+    if _Command.told:
         return
     named = next((word for word in arguments if word in COMMANDS), "error")
     terminal = _Command.terminal or Terminal(as_json="--json" in arguments)

@@ -32,9 +32,7 @@ def read_awq(
 ) -> dict[str, PackedIntegers]:
     """Return how every module that has a `qweight` is packed; all are asymmetric.
 
-    Args:
-        config: the value of `quantization_config`.
-        tensors: tensor name -> layout, from the headers of all shards.
+    Arguments as those of every format's `grids`.
 
     Raises:
         UnsupportedError: a version other than GEMM, other than 4 bits, or no zero points.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qtool.checkpoint.untrusted import printable
 from qtool.errors import DamagedError, UnsupportedError
@@ -15,6 +15,7 @@ from qtool.formats.module_patterns import matches
 from qtool.formats.packed_layouts import (
     REPAIR,
     SCALES,
+    Granularity,
     PackedIntegers,
     expect,
     packed_modules,
@@ -24,8 +25,6 @@ from qtool.formats.packed_layouts import (
     words_for,
 )
 from qtool.formats.protocol import TensorLayout
-
-Granularity = Literal["tensor", "channel", "group"]
 
 # The package packs 2 and 3 bits too, but vLLM's releases read only these, and the place of a 3-bit
 # value depends on the package's version.
@@ -67,9 +66,7 @@ def read_compressed_tensors(
 ) -> dict[str, PackedIntegers]:
     """Return how every module that has a `weight_packed` is packed.
 
-    Args:
-        config: the value of `quantization_config`.
-        tensors: tensor name -> layout, from the headers of all shards.
+    Arguments as those of every format's `grids`.
 
     Raises:
         UnsupportedError: a variant other than pack-quantized 4- and 8-bit integers.

@@ -34,9 +34,7 @@ def read_gptq(
 ) -> dict[str, PackedIntegers]:
     """Return how every module that has a `qweight` is packed.
 
-    Args:
-        config: the value of `quantization_config`.
-        tensors: tensor name -> layout, from the headers of all shards.
+    Arguments as those of every format's `grids`.
 
     Raises:
         UnsupportedError: a layout other than versions 1 and 2 in 32-bit words.

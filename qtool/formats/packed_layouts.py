@@ -14,6 +14,7 @@ from qtool.errors import DamagedError
 from qtool.formats.protocol import TensorLayout
 
 WORD_BITS = 32
+Granularity = Literal["tensor", "channel", "group"]  # what shares a scale; see grids.integer
 SCALES = ("F16", "BF16", "F32")
 REPAIR = "the file is truncated or was edited; download or quantize the model again"
 
@@ -33,7 +34,7 @@ class PackedIntegers:
 
     bits: int
     symmetric: bool
-    granularity: Literal["tensor", "channel", "group"]
+    granularity: Granularity
     group_size: int | None
     scales: str
     lowest_zero: int = 0
@@ -44,7 +45,7 @@ def words_for(count: int, bits: int) -> int:
     return -(-count * bits // WORD_BITS)
 
 
-def grouping(size: int) -> tuple[Literal["channel", "group"], int | None]:
+def grouping(size: int) -> tuple[Granularity, int | None]:
     """Return what a stored group size stands for; -1 means one scale per row.
 
     Raises:

@@ -69,6 +69,10 @@ class Format(Protocol):
     ) -> dict[str, Grid]:
         """Return module name -> grid of a directory, from its configuration and headers.
 
+        Args:
+            config: the value of `quantization_config`.
+            tensors: tensor name -> layout, from the headers of all shards.
+
         Raises:
             UnsupportedError: the directory uses a variant of the dialect that qtool cannot read.
             DamagedError: a packed tensor's shape contradicts the configuration.
